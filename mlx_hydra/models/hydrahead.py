@@ -1,0 +1,311 @@
+"""HydraHead (arXiv 2606.20097) on a Qwen3 backbone, in mlx-lm's manner.
+
+An attention layer holds two kinds of heads: a few keep causal softmax attention, the others are
+Gated DeltaNet heads (arXiv 2412.06464). docs/architecture.md tells which choices are the paper's.
+"""
+
+import math
+from typing import Any, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask, create_ssm_mask
+from mlx_lm.models.gated_delta import compute_g, normalize_qk
+from mlx_lm.models.qwen3 import MLP
+from mlx_lm.models.rope_utils import initialize_rope
+
+from ..config import LayerHeads, ModelArgs
+from ..ops import fuse_heads, gated_delta, head_attention
+from .cache import (
+    CONV,
+    RECURRENT,
+    depends_on_counters,
+    full_part,
+    linear_part,
+    make_cache,
+)
+
+L2_NORM_EPS = 1e-6
+
+
+def rope_for(args: ModelArgs) -> nn.Module:
+    return initialize_rope(
+        args.head_dim,
+        base=args.rope_theta,
+        traditional=False,
+        scaling_config=args.rope_scaling,
+        max_position_embeddings=args.max_position_embeddings,
+    )
+
+
+class FullAttention(nn.Module):
+    """The heads that keep softmax attention, and the KV heads that they read."""
+
+    def __init__(self, args: ModelArgs, heads: LayerHeads):
+        super().__init__()
+        switches = args.full_attention
+        dim, D = args.hidden_size, args.head_dim
+        self.n_heads, self.n_kv_heads = len(heads.full), len(heads.kv_heads)
+        self.kv_index = heads.kv_index
+        self.scale = D**-0.5
+        self.log_scale_base = switches.log_scale_base
+
+        self.q_proj = nn.Linear(dim, self.n_heads * D, bias=False)
+        self.k_proj = nn.Linear(dim, self.n_kv_heads * D, bias=False)
+        self.v_proj = nn.Linear(dim, self.n_kv_heads * D, bias=False)
+        if switches.gate:
+            self.g_proj = nn.Linear(dim, self.n_heads * D, bias=True)
+        self.q_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
+        if switches.rope:
+            self.rope = rope_for(args)
+
+    def __call__(self, x, mask, cache, offset) -> tuple[mx.array, Optional[mx.array]]:
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).reshape(B, T, self.n_heads, -1)).transpose(0, 2, 1, 3)
+        k = self.k_norm(self.k_proj(x).reshape(B, T, self.n_kv_heads, -1)).transpose(0, 2, 1, 3)
+        v = self.v_proj(x).reshape(B, T, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+
+        if "rope" in self:
+            q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+        if self.log_scale_base is not None:
+            q = (q * self._log_scale(T, offset)).astype(q.dtype)
+
+        quantised = {}
+        if cache is not None:
+            k, v = cache.update_and_fetch(k, v)
+            if hasattr(cache, "bits"):
+                quantised = {"group_size": cache.group_size, "bits": cache.bits}
+        keys = k[0] if quantised else k
+        o = head_attention(
+            q,
+            k,
+            v,
+            self.kv_index,
+            scale=self.scale,
+            offset=keys.shape[2] - T,
+            mask=mask if isinstance(mask, mx.array) else None,
+            **quantised,
+        )
+        gate = mx.sigmoid(self.g_proj(x)) if "g_proj" in self else None
+        return o.transpose(0, 2, 1, 3), gate
+
+    def _log_scale(self, T, offset):
+        """s_t = log(t + a) / log(a), HypeNet's (arXiv 2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
+        start = offset[:, None, None] if isinstance(offset, mx.array) else offset
+        t = start + mx.arange(T)
+        # Left padding has positions below zero, which nothing reads.
+        t = mx.maximum(t, 0).astype(mx.float32)
+        return (mx.log(t + self.log_scale_base) / math.log(self.log_scale_base))[..., None]
+
+
+class LinearAttention(nn.Module):
+    """The heads that run the gated delta rule; each has keys and values of its own."""
+
+    def __init__(self, args: ModelArgs, heads: LayerHeads):
+        super().__init__()
+        switches = args.linear_attention
+        dim, D = args.hidden_size, args.head_dim
+        self.n_heads = H = len(heads.linear)
+        self.head_dim = D
+
+        self.q_proj = nn.Linear(dim, H * D, bias=False)
+        self.k_proj = nn.Linear(dim, H * D, bias=False)
+        self.v_proj = nn.Linear(dim, H * D, bias=False)
+        self.a_proj = nn.Linear(dim, H, bias=False)
+        self.b_proj = nn.Linear(dim, H, bias=False)
+        if switches.gate:
+            self.g_proj = nn.Linear(dim, H * D, bias=True)
+        self.q_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
+        if (K := switches.conv_kernel_size) is not None:
+            self.q_conv1d = nn.Conv1d(H * D, H * D, K, groups=H * D, bias=False)
+            self.k_conv1d = nn.Conv1d(H * D, H * D, K, groups=H * D, bias=False)
+            self.v_conv1d = nn.Conv1d(H * D, H * D, K, groups=H * D, bias=False)
+        if switches.rope:
+            self.rope = rope_for(args)
+        self.A_log = mx.zeros((H,))
+        self.dt_bias = mx.zeros((H,))
+
+    def __call__(self, x, mask, cache, offset) -> tuple[mx.array, Optional[mx.array]]:
+        B, T, _ = x.shape
+        qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
+        if "q_conv1d" in self:
+            qkv = nn.silu(self._short_conv(qkv, mask, cache))
+        q, k, v = (part.reshape(B, T, self.n_heads, -1) for part in mx.split(qkv, 3, axis=-1))
+
+        q, k = self.q_norm(q), self.k_norm(k)
+        if "rope" in self:
+            q, k = (self._rotate(part, offset) for part in (q, k))
+        q, k = normalize_qk(q, k, inv_scale=self.head_dim**-0.5, eps=L2_NORM_EPS)
+
+        g = compute_g(self.A_log, self.a_proj(x).astype(mx.float32), self.dt_bias)
+        beta = mx.sigmoid(self.b_proj(x).astype(mx.float32))
+        state = None if cache is None else cache[RECURRENT]
+        o, state = gated_delta(q, k, v, g, beta, state, mask)
+        if cache is not None:
+            cache[RECURRENT] = state
+            cache.advance(T)
+        gate = nn.silu(self.g_proj(x)) if "g_proj" in self else None
+        return o, gate
+
+    def _rotate(self, x, offset):
+        return self.rope(x.transpose(0, 2, 1, 3), offset=offset).transpose(0, 2, 1, 3)
+
+    def _short_conv(self, qkv, mask, cache):
+        """Causal depthwise convolution over time; the cache holds the inputs that it still sees."""
+        weight = mx.concatenate(
+            [conv.weight[..., 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
+        )
+        B, T, C = qkv.shape
+        K = weight.shape[1]
+        if mask is not None:
+            qkv = mx.where(mask[..., None], qkv, 0)
+        past = None if cache is None else cache[CONV]
+        if past is None:
+            past = mx.zeros((B, K - 1, C), qkv.dtype)
+        inputs = mx.concatenate([past, qkv], axis=1)
+        if cache is not None:
+            if cache.lengths is not None:
+                ends = mx.clip(cache.lengths, 0, T)
+                kept = (ends[:, None] + mx.arange(K - 1))[..., None]
+                cache[CONV] = mx.take_along_axis(inputs, kept, axis=1)
+            else:
+                cache[CONV] = mx.contiguous(inputs[:, T:])
+        return sum(inputs[:, j : j + T] * weight[:, j] for j in range(K))
+
+
+class Fusion(nn.Module):
+    """One learned weight a head, full heads first; it stays float32."""
+
+    def __init__(self, num_heads: int):
+        super().__init__()
+        self.gamma = mx.ones((num_heads,))
+
+
+class Attention(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        heads = args.layer_heads(layer)
+        self.n_full = len(heads.full)
+        self.full_eps = args.fusion.eps if args.fusion.norm is True else None
+        self.linear_eps = args.fusion.eps if args.fusion.norm else None
+        if heads.full:
+            self.full = FullAttention(args, heads)
+        if heads.linear:
+            self.linear = LinearAttention(args, heads)
+        if args.is_fused(layer):
+            self.fusion = Fusion(args.num_attention_heads)
+        self.o_proj = nn.Linear(
+            args.num_attention_heads * args.head_dim, args.hidden_size, bias=False
+        )
+
+    def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
+        return self.o_proj(self.fused_heads(x, full_mask, linear_mask, cache, offset))
+
+    def fused_heads(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
+        """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first."""
+        outputs = []
+        if "full" in self:
+            o, gate = self.full(x, full_mask, full_part(cache), offset)
+            outputs.append(self._fuse(o, gate, slice(None, self.n_full), self.full_eps))
+        if "linear" in self:
+            o, gate = self.linear(x, linear_mask, linear_part(cache), offset)
+            outputs.append(self._fuse(o, gate, slice(self.n_full, None), self.linear_eps))
+        o = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+        return o.astype(x.dtype)
+
+    def _fuse(self, o, gate, heads, eps):
+        if "fusion" in self:
+            return fuse_heads(o, self.fusion.gamma[heads], gate, eps=eps)
+        o = o.flatten(2)
+        return o if gate is None else o * gate
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, args: ModelArgs, layer: int):
+        super().__init__()
+        self.self_attn = Attention(args, layer)
+        self.mlp = MLP(args.hidden_size, args.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
+        h = x + self.self_attn(self.input_layernorm(x), full_mask, linear_mask, cache, offset)
+        return h + self.mlp(self.post_attention_layernorm(h))
+
+
+class HydraHeadModel(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
+        self.layers = [TransformerBlock(args, layer) for layer in range(args.num_hidden_layers)]
+        self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Optional[list[Any]] = None,
+        input_embeddings: Optional[mx.array] = None,
+    ) -> mx.array:
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        if cache is None:
+            cache = [None] * len(self.layers)
+        # Linear layers keep no offset: all layers take it from the first that caches keys.
+        first_full = next((c for c in map(full_part, cache) if c is not None), None)
+        first_linear = next((c for c in map(linear_part, cache) if c is not None), None)
+        offset = 0 if first_full is None else first_full.offset
+        full_mask = create_attention_mask(h, first_full)
+        linear_mask = create_ssm_mask(h, first_linear)
+
+        for layer, c in zip(self.layers, cache):
+            h = layer(h, full_mask, linear_mask, c, offset)
+        return self.norm(depends_on_counters(h, cache))
+
+
+class Model(nn.Module):
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.args = args
+        self.model_type = args.model_type
+        self.model = HydraHeadModel(args)
+        if not args.tie_word_embeddings:
+            self.lm_head = nn.Linear(args.hidden_size, args.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: Optional[list[Any]] = None,
+        input_embeddings: Optional[mx.array] = None,
+    ) -> mx.array:
+        h = self.model(inputs, cache, input_embeddings)
+        if self.args.tie_word_embeddings:
+            return self.model.embed_tokens.as_linear(h)
+        return self.lm_head(h)
+
+    def make_cache(self) -> list:
+        return make_cache(self.args)
+
+    def sanitize(self, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        if self.args.head_order != "full_first":
+            raise ValueError(
+                "This is a HydraHead checkpoint in PyTorch's layout (head_order "
+                f"{self.args.head_order!r}); bring it over with convert.py --hf-path first."
+            )
+        if self.args.tie_word_embeddings:
+            weights.pop("lm_head.weight", None)
+        return weights
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        return self.model.layers
+
+    @property
+    def quant_predicate(self):
+        """What may be quantised: not the two small projections that drive decay and update rate."""
+        return lambda path, _: not path.endswith(("linear.a_proj", "linear.b_proj"))
+
+    @property
+    def cast_predicate(self):
+        """What may leave float32: not the decay's parameters and gamma."""
+        return lambda path: not path.endswith(("A_log", "dt_bias", "gamma"))
