@@ -84,10 +84,11 @@ def depends_on_counters(x: mx.array, caches: list) -> mx.array:
     Nothing else reads most of them while decoding, and the graph behind each would grow by a node
     a token.
     """
-    counters = []
-    for cache in caches:
-        for part in (full_part(cache), linear_part(cache)):
-            for name in ("offset", "left_padding", "lengths"):
-                if isinstance(value := getattr(part, name, None), mx.array):
-                    counters.append(value)
+    counters = [
+        value
+        for cache in caches
+        for part in (full_part(cache), linear_part(cache))
+        for name in ("offset", "left_padding", "lengths")
+        if isinstance(value := getattr(part, name, None), mx.array)
+    ]
     return mx.depends(x, counters) if counters else x

@@ -28,6 +28,16 @@ from .cache import (
 L2_NORM_EPS = 1e-6
 
 
+def may_quantize(path: str) -> bool:
+    """Whether a module may be quantised: not the small projections of decay and update rate."""
+    return not path.endswith(("linear.a_proj", "linear.b_proj"))
+
+
+def may_cast(path: str) -> bool:
+    """Whether a parameter may leave float32: not the decay's own, and not gamma."""
+    return not path.endswith(("A_log", "dt_bias", "gamma"))
+
+
 def rope_for(args: ModelArgs) -> nn.Module:
     return initialize_rope(
         args.head_dim,
@@ -91,7 +101,7 @@ class FullAttention(nn.Module):
         return o.transpose(0, 2, 1, 3), gate
 
     def _log_scale(self, T, offset):
-        """s_t = log(t + a) / log(a), HypeNet's (arXiv 2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
+        """s_t = log(t + a) / log(a), HypeNet's (2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
         start = offset[:, None, None] if isinstance(offset, mx.array) else offset
         t = start + mx.arange(T)
         # Left padding has positions below zero, which nothing reads.
@@ -302,10 +312,8 @@ class Model(nn.Module):
 
     @property
     def quant_predicate(self):
-        """What may be quantised: not the two small projections that drive decay and update rate."""
-        return lambda path, _: not path.endswith(("linear.a_proj", "linear.b_proj"))
+        return lambda path, _: may_quantize(path)
 
     @property
     def cast_predicate(self):
-        """What may leave float32: not the decay's parameters and gamma."""
-        return lambda path: not path.endswith(("A_log", "dt_bias", "gamma"))
+        return may_cast

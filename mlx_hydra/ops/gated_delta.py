@@ -75,7 +75,7 @@ def naive(q, k, v, g, beta, state, mask=None):
 
 
 def chunked(q, k, v, g, beta, state, mask=None, chunk: int = CHUNK):
-    """The recurrence in matrix products, a chunk of tokens at a time (WY form, 2412.06464 section 3).
+    """The recurrence in matrix products, a chunk of tokens at a time (2412.06464, WY form).
 
     Shapes as in :func:`gated_delta`; float32; any T >= 1. With u_t the correction that token t
     writes, D[t, j] the decay from token j to token t, and S the state before the chunk:
