@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -25,6 +26,23 @@ def from_known_fields(cls, values: dict, where: str):
     return cls(**values)
 
 
+def expect(holds: bool, name: str, value: Any, expected: str) -> None:
+    """Raise a ValueError that names the field, its value and what it should be."""
+    if not holds:
+        raise ValueError(f"{name}={value!r}: expected {expected}.")
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def expect_switches(branch: Any, where: str) -> None:
+    """The switches that both branches have are true or false."""
+    for name in ("rope", "gate"):
+        value = getattr(branch, name)
+        expect(isinstance(value, bool), f"{where}.{name}", value, "true or false")
+
+
 @dataclass(frozen=True)
 class FullAttention:
     """Switches of the full-attention branch.
@@ -40,9 +58,10 @@ class FullAttention:
     gate: bool = True
 
     def __post_init__(self):
+        expect_switches(self, "full_attention")
         a = self.log_scale_base
-        if a is not None and not a > 1:
-            raise ValueError(f"full_attention.log_scale_base={a!r}: expected a number over 1.")
+        holds = a is None or (is_number(a) and a > 1)
+        expect(holds, "full_attention.log_scale_base", a, "a number over 1, or null for none")
 
 
 @dataclass(frozen=True)
@@ -60,13 +79,12 @@ class LinearAttention:
     gate: bool = True
 
     def __post_init__(self):
-        if self.kind != "gated_delta":
-            raise ValueError(f"linear_attention.kind={self.kind!r}: expected 'gated_delta'.")
-        if self.conv_kernel_size is not None and self.conv_kernel_size < 2:
-            raise ValueError(
-                f"linear_attention.conv_kernel_size={self.conv_kernel_size!r}: "
-                "expected 2 or more, or null for no convolution."
-            )
+        expect_switches(self, "linear_attention")
+        expect(self.kind == "gated_delta", "linear_attention.kind", self.kind, "'gated_delta'")
+        K = self.conv_kernel_size
+        holds = K is None or (isinstance(K, int) and K >= 2)
+        name = "linear_attention.conv_kernel_size"
+        expect(holds, name, K, "an integer from 2 up, or null for no convolution")
 
 
 @dataclass(frozen=True)
@@ -81,8 +99,10 @@ class Fusion:
     eps: float = 1e-6
 
     def __post_init__(self):
-        if self.norm not in (True, False, "linear"):
-            raise ValueError(f"fusion.norm={self.norm!r}: expected true, false or 'linear'.")
+        # Not by equality alone: 1 == True, and the model asks for True itself.
+        holds = isinstance(self.norm, bool) or self.norm == "linear"
+        expect(holds, "fusion.norm", self.norm, "true, false or 'linear'")
+        expect(is_number(self.eps) and self.eps >= 0, "fusion.eps", self.eps, "a number from 0 up")
 
 
 @dataclass(frozen=True)
@@ -147,6 +167,13 @@ class ModelArgs(BaseModelArgs):
     linear_attention: Any = field(default_factory=LinearAttention)
     fusion: Any = field(default_factory=Fusion)
 
+    @classmethod
+    def from_dict(cls, params: dict) -> "ModelArgs":
+        for f in fields(cls):
+            if f.default is MISSING and f.default_factory is MISSING and f.name not in params:
+                raise ValueError(f"{f.name} is missing from the model's config.")
+        return super().from_dict(params)
+
     def __post_init__(self):
         # transformers >= 5 nests rope_theta and rope_scaling under rope_parameters.
         if self.rope_parameters:
@@ -158,10 +185,8 @@ class ModelArgs(BaseModelArgs):
             raise ValueError("rope_theta is missing from the model's config.")
         if self.attention_bias:
             raise ValueError("attention_bias=true: HydraHead has no biases on q, k, v and o.")
-        if self.head_order not in HEAD_ORDERS:
-            raise ValueError(
-                f"head_order={self.head_order!r}: expected one of {', '.join(HEAD_ORDERS)}."
-            )
+        order = self.head_order
+        expect(order in HEAD_ORDERS, "head_order", order, f"one of {', '.join(HEAD_ORDERS)}")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
@@ -174,6 +199,8 @@ class ModelArgs(BaseModelArgs):
         ):
             if isinstance(value := getattr(self, name), dict):
                 setattr(self, name, from_known_fields(cls, value, name))
+            else:
+                expect(isinstance(value, cls), name, value, "an object with its switches")
         check_heads(self.full_attention_heads, self.num_hidden_layers, self.num_attention_heads)
 
     def layer_heads(self, layer: int) -> LayerHeads:
@@ -188,6 +215,10 @@ class ModelArgs(BaseModelArgs):
 
 def check_heads(heads: Sequence[Sequence[int]], num_layers: int, num_heads: int) -> None:
     """Raise a ValueError unless ``heads`` names full heads for each layer of such a model."""
+    if not isinstance(heads, (list, tuple)) or not all(
+        isinstance(chosen, (list, tuple)) for chosen in heads
+    ):
+        raise ValueError(f"full_attention_heads={heads!r}: expected a list of heads a layer.")
     if len(heads) != num_layers:
         raise ValueError(
             f"full_attention_heads has {len(heads)} layers, the model has {num_layers}."
@@ -229,8 +260,6 @@ def load_heads(path: Union[str, Path], num_layers: int, num_heads: int) -> list[
                 f"this model has {expected}."
             )
     heads = content["full_attention_heads"]
-    if not all(isinstance(chosen, list) for chosen in heads):
-        raise ValueError(f"--heads {path}: 'full_attention_heads' must hold a list for each layer.")
     try:
         check_heads(heads, num_layers, num_heads)
     except ValueError as error:

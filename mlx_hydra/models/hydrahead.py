@@ -156,6 +156,9 @@ class LinearAttention(nn.Module):
         if cache is not None:
             cache[RECURRENT] = state
             cache.advance(T)
+            # Else all layers' states are made at the end of a prefill step, and until then each
+            # holds the sequences it is made from.
+            o = mx.depends(o, [s for s in cache.cache if s is not None])
         gate = nn.silu(self.g_proj(x)) if "g_proj" in self else None
         return o, gate
 

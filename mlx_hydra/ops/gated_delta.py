@@ -128,23 +128,24 @@ def _unit_lower_inverse(A):
     -Q^-1 R P^-1 below its diagonal blocks. A sum of powers of A would cost as little, and lose
     every digit on a chunk of equal keys.
     """
-    C = A.shape[-1]
-    lead = A.shape[:-2]
-    inverse = mx.ones((*lead, C, 1, 1), A.dtype)
+    shape, C = A.shape, A.shape[-1]
+    # One leading axis: MLX's CUDA gather takes no more than ten in all.
+    A = A.reshape(-1, C, C)
+    inverse = mx.ones((A.shape[0], C, 1, 1), A.dtype)
     size = 1
     while size < C:
         count = C // (2 * size)
-        blocks = A.reshape(*lead, count, 2, size, count, 2, size)
+        blocks = A.reshape(-1, count, 2, size, count, 2, size)
         diagonal = mx.arange(count)
         # Advanced indices on both sides of a slice come out in front.
-        corner = blocks[..., diagonal, 1, :, diagonal, 0, :].moveaxis(0, -3)
-        pairs = inverse.reshape(*lead, count, 2, size, size)
-        upper, below = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        corner = blocks[:, diagonal, 1, :, diagonal, 0, :].swapaxes(0, 1)
+        pairs = inverse.reshape(-1, count, 2, size, size)
+        upper, below = pairs[:, :, 0], pairs[:, :, 1]
         corner = -(below @ (corner @ upper))
         top = mx.concatenate([upper, mx.zeros_like(upper)], axis=-1)
         inverse = mx.concatenate([top, mx.concatenate([corner, below], axis=-1)], axis=-2)
         size *= 2
-    return inverse.reshape(*lead, C, C)
+    return inverse.reshape(shape)
 
 
 def _split(x, chunk, fill):

@@ -80,17 +80,19 @@ def head_attention(
             q * 1, k, v, scale=scale, mask=mask, group_size=group_size, bits=bits
         )
 
-    def attend_in_blocks(q, k, v):
+    def attend_in_blocks(q, k, v, before=()):
         rows = _rows_per_block(q, end, bits)
         if rows >= T:
             return attend(q, k, v, mask)
-        blocks = []
+        blocks = list(before)
         for start in range(0, T, rows):
             stop = min(start + rows, T)
             seen = S if mask is not None else offset + stop
             part = None if mask is None else mask[:, :, start:stop]
-            blocks.append(attend(q[:, :, start:stop], _keys(k, seen), _keys(v, seen), part))
-        return mx.concatenate(blocks, axis=2)
+            # One after the other: MLX would start several, and hold the scores of each.
+            rows_of_q = mx.depends(q[:, :, start:stop], blocks[-1:])
+            blocks.append(attend(rows_of_q, _keys(k, seen), _keys(v, seen), part))
+        return mx.concatenate(blocks[len(before) :], axis=2)
 
     repeats, remainder = divmod(len(index), Hk)
     if not remainder and index == [i for i in range(Hk) for _ in range(repeats)]:
@@ -99,7 +101,8 @@ def head_attention(
     for kv_head, run in groupby(index):
         stop = start + len(list(run))
         head = slice(kv_head, kv_head + 1)
-        outputs.append(attend_in_blocks(q[:, start:stop], _heads(k, head), _heads(v, head)))
+        group = q[:, start:stop], _heads(k, head), _heads(v, head)
+        outputs.append(attend_in_blocks(*group, outputs[-1:]))
         start = stop
     return mx.concatenate(outputs, axis=1)
 
