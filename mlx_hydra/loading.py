@@ -1,0 +1,191 @@
+"""Models and their tokenizers, from folders or the Hugging Face hub, without running their code."""
+
+import difflib
+import hashlib
+import math
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.models
+import mlx_lm.utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import PretrainedConfig
+
+from .checkpoints.reader import ELEMENT_BYTES, CheckpointReader, read_header
+from .config import MODEL_TYPE
+
+
+def load(
+    path_or_repo: str,
+    adapter_path: Optional[str] = None,
+    tokenizer_config: Optional[dict] = None,
+    trust_remote_code: bool = False,
+) -> tuple[nn.Module, TokenizerWrapper, dict]:
+    """Load any model that mlx-lm knows, HydraHead among them, laid out for this device.
+
+    Args:
+        path_or_repo: a model folder, or a repository on the hub.
+        adapter_path: a folder of trained adapters.
+        tokenizer_config: options for transformers' ``from_pretrained``.
+        trust_remote_code: whether a file in the folder may be run; HydraHead models need none.
+
+    Returns:
+        The model, its tokenizer and its configuration.
+
+    Raises:
+        ValueError, OSError: no such model, a broken one, or one of a type that is not known.
+    """
+    path = find_model(path_or_repo)
+    model, config = load_model(path, adapter_path, trust_remote_code)
+    return model, load_tokenizer(path, config, tokenizer_config), config
+
+
+def find_model(path_or_repo: str) -> Path:
+    """The folder of a model, downloaded where it is a repository on the hub."""
+    path = Path(path_or_repo).expanduser()
+    if path.exists():
+        if not path.is_dir():
+            raise ValueError(f"--model {path_or_repo} is a file; give the folder of the model.")
+        return path
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
+        raise ValueError(
+            f"--model {path_or_repo}: no such folder, and not a repository (owner/name) either."
+        )
+    try:
+        return mlx_lm.utils._download(path_or_repo)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise OSError(
+            f"--model {path_or_repo}: no such folder, and the hub does not give it: {reason}"
+        ) from error
+
+
+def read_config(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:
+    """A model's configuration, as mlx-lm reads it.
+
+    Raises:
+        ValueError: there is none, or its model type is not known.
+    """
+    try:
+        config = mlx_lm.utils.load_config(path)
+    except FileNotFoundError as error:
+        raise ValueError(f"{path} is not a model folder: it has no config.json.") from error
+    except ValueError as error:
+        raise ValueError(f"{path / 'config.json'} is not JSON: {error}.") from error
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ValueError(f"{path / 'config.json'} names no model_type.")
+    if config["model_type"] == MODEL_TYPE:
+        # A saved model carries a file for mlx-lm to run; the installed package does the same.
+        config.pop("model_file", None)
+    if not trust_remote_code:
+        if "model_file" in config:
+            raise ValueError(
+                f"{path} needs its own file {config['model_file']!r} to be run, which is not done."
+            )
+        _check_model_type(config["model_type"], path)
+    return config
+
+
+def _check_model_type(model_type: str, path: Path) -> None:
+    known = {MODEL_TYPE, *mlx_lm.utils.MODEL_REMAPPING}
+    known.update(module.name for module in pkgutil.iter_modules(mlx_lm.models.__path__))
+    if model_type not in known:
+        nearest = difflib.get_close_matches(str(model_type), known, 1, 0)[0]
+        raise ValueError(
+            f"{path / 'config.json'}: model_type {model_type!r} is not known to mlx-lm or "
+            f"mlx_hydra; the nearest is {nearest!r}."
+        )
+
+
+def load_tokenizer(
+    path: Path, config: dict, tokenizer_config: Optional[dict] = None
+) -> TokenizerWrapper:
+    """A model's tokenizer; ``tokenizer_config`` goes to transformers' ``from_pretrained``."""
+    options = dict(tokenizer_config or {})
+    if config["model_type"] == MODEL_TYPE:
+        # Else transformers reads the config itself, and warns that it does not know the type.
+        options["config"] = PretrainedConfig()
+    try:
+        return mlx_lm.utils.load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{path} has no tokenizer that can be loaded: {reason}") from error
+
+
+def load_model(
+    path: Path, adapter_path: Optional[str] = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict]:
+    """A model with its weights in memory, and its configuration."""
+    config = read_config(path, trust_remote_code)
+    weight_files(path, adapter_path)
+    try:
+        model, config = mlx_lm.utils.load_model(
+            path,
+            lazy=True,
+            model_config={"model_file": config.get("model_file")},
+            trust_remote_code=trust_remote_code,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path / 'config.json'} does not fit its model type: {error}.") from error
+    if adapter_path is not None:
+        model = mlx_lm.utils.load_adapters(model, adapter_path)
+        model.eval()
+    if mx.default_device() == mx.cpu:
+        _lay_out_for_cpu(model)
+    mx.eval(model.parameters())
+    return model, config
+
+
+def _lay_out_for_cpu(model: nn.Module) -> None:
+    # MLX's CPU kernels are built for float32: a 4-bit product with bfloat16 activations is ten
+    # times slower, and one whose weight is stored transposed 1.7 times faster.
+    model.set_dtype(mx.float32)
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight = mx.contiguous(module.weight.T).T
+
+
+def weight_files(path: Path, adapter_path: Optional[str] = None) -> list[Path]:
+    """The safetensors files of a model and of its adapters, all there and none cut off."""
+    files = CheckpointReader(path).shards
+    if adapter_path is not None:
+        file = Path(adapter_path) / "adapters.safetensors"
+        if not file.is_file():
+            raise ValueError(f"--adapter-path {adapter_path} holds no adapters.safetensors.")
+        read_header(file)
+        files = [*files, file]
+    return files
+
+
+def weight_sizes(path: Path, adapter_path: Optional[str] = None) -> tuple[int, int]:
+    """Bytes of all weights as :func:`load` holds them, and of one number of the activations."""
+    cpu = mx.default_device() == mx.cpu
+    total, activation = 0, 4 if cpu else 2
+    for file in weight_files(path, adapter_path):
+        for tensor in read_header(file).values():
+            element = ELEMENT_BYTES[tensor.dtype]
+            if cpu and tensor.dtype in ("F16", "BF16"):
+                element = 4
+            # Small parameters, as that of the decay, are float32 in half-precision models too.
+            if tensor.dtype == "F32" and len(tensor.shape) > 1:
+                activation = 4
+            total += math.prod(tensor.shape) * element
+    return total, activation
+
+
+def fingerprint(path: Path, adapter_path: Optional[str] = None) -> str:
+    """What tells a model from every other: a hash of its files, the same in a copied folder."""
+    files = [path / "config.json"]
+    if adapter_path is not None:
+        files.append(Path(adapter_path) / "adapter_config.json")
+    digest = hashlib.sha256()
+    for file in files + weight_files(path, adapter_path):
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
