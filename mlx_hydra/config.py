@@ -15,6 +15,17 @@ MODEL_TYPE = "hydrahead"
 # Where o_proj's columns and gamma stand: "full_first" in MLX checkpoints, "teacher" in PyTorch's.
 HEAD_ORDERS = ("full_first", "teacher")
 
+SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "vocab_size",
+    "max_position_embeddings",
+    "head_dim",
+)
+
 
 def from_known_fields(cls, values: dict, where: str):
     """Build a dataclass from a dictionary; a ValueError names a field it does not have."""
@@ -44,7 +55,7 @@ def expect_switches(branch: Any, where: str) -> None:
 
 
 @dataclass(frozen=True)
-class FullAttention:
+class FullAttentionArgs:
     """Switches of the full-attention branch.
 
     rope: rotary embedding on q and k; the paper drops it.
@@ -65,7 +76,7 @@ class FullAttention:
 
 
 @dataclass(frozen=True)
-class LinearAttention:
+class LinearAttentionArgs:
     """Switches of the linear-attention branch.
 
     conv_kernel_size: taps of the short causal convolution; None for no convolution and no SiLU.
@@ -88,7 +99,7 @@ class LinearAttention:
 
 
 @dataclass(frozen=True)
-class Fusion:
+class FusionArgs:
     """How head outputs are brought together.
 
     norm: True for an RMSNorm on every head (the paper's), "linear" for the linear heads alone (so
@@ -143,7 +154,7 @@ class ModelArgs(BaseModelArgs):
 
     Raises:
         ValueError: a head out of range or named twice, no full head in the whole model, sizes
-            that do not divide, a field that is not there.
+            that do not divide, a field that is not there or not of its kind.
     """
 
     model_type: str
@@ -163,9 +174,9 @@ class ModelArgs(BaseModelArgs):
     rope_parameters: Optional[dict] = None
     attention_bias: bool = False
     head_order: str = "full_first"
-    full_attention: Any = field(default_factory=FullAttention)
-    linear_attention: Any = field(default_factory=LinearAttention)
-    fusion: Any = field(default_factory=Fusion)
+    full_attention: Any = field(default_factory=FullAttentionArgs)
+    linear_attention: Any = field(default_factory=LinearAttentionArgs)
+    fusion: Any = field(default_factory=FusionArgs)
 
     @classmethod
     def from_dict(cls, params: dict) -> "ModelArgs":
@@ -175,6 +186,16 @@ class ModelArgs(BaseModelArgs):
         return super().from_dict(params)
 
     def __post_init__(self):
+        for name in SIZES:
+            size = getattr(self, name)
+            holds = isinstance(size, int) and not isinstance(size, bool) and size > 0
+            expect(holds, name, size, "an integer from 1 up")
+        eps, tied = self.rms_norm_eps, self.tie_word_embeddings
+        expect(is_number(eps) and eps >= 0, "rms_norm_eps", eps, "a number from 0 up")
+        expect(isinstance(tied, bool), "tie_word_embeddings", tied, "true or false")
+        for name in ("rope_scaling", "rope_parameters"):
+            value = getattr(self, name)
+            expect(value is None or isinstance(value, dict), name, value, "an object, or null")
         # transformers >= 5 nests rope_theta and rope_scaling under rope_parameters.
         if self.rope_parameters:
             if self.rope_theta is None:
@@ -183,6 +204,8 @@ class ModelArgs(BaseModelArgs):
                 self.rope_scaling = self.rope_parameters
         if self.rope_theta is None:
             raise ValueError("rope_theta is missing from the model's config.")
+        theta = self.rope_theta
+        expect(is_number(theta) and theta > 0, "rope_theta", theta, "a number over 0")
         if self.attention_bias:
             raise ValueError("attention_bias=true: HydraHead has no biases on q, k, v and o.")
         order = self.head_order
@@ -193,9 +216,9 @@ class ModelArgs(BaseModelArgs):
                 f"num_key_value_heads={self.num_key_value_heads}."
             )
         for name, cls in (
-            ("full_attention", FullAttention),
-            ("linear_attention", LinearAttention),
-            ("fusion", Fusion),
+            ("full_attention", FullAttentionArgs),
+            ("linear_attention", LinearAttentionArgs),
+            ("fusion", FusionArgs),
         ):
             if isinstance(value := getattr(self, name), dict):
                 setattr(self, name, from_known_fields(cls, value, name))

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Optional
 
 import mlx.core as mx
-from huggingface_hub import snapshot_download
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,7 +16,7 @@ from rich.table import Table
 from .checkpoints import names
 from .checkpoints.calibrate import Calibration
 from .checkpoints.migrate import RECIPES, check_teacher, migrate, migrated_config
-from .checkpoints.plan import Plan, Quantization
+from .checkpoints.plan import Conversion, Quantization
 from .checkpoints.reader import CheckpointReader
 from .checkpoints.writer import (
     SHARD_BYTES,
@@ -29,6 +27,7 @@ from .checkpoints.writer import (
 )
 from .cli import ArgumentParser, command
 from .config import MODEL_TYPE, ModelArgs, load_heads, spread_heads
+from .hub import find_folder
 
 DEFAULT_FULL_RATIO = 0.25
 DEFAULT_BITS = 4
@@ -52,6 +51,8 @@ CARRIED = (
     "NOTICE*",
 )
 
+FETCHED = ("config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED)
+
 # Lets mlx-lm load the model with --trust-remote-code, without an import of mlx_hydra before it.
 SHIM_TEXT = '''\
 """The architecture of this model, for mlx-lm: it is in the package mlx-hydra."""
@@ -69,7 +70,7 @@ __all__ = ["Model", "ModelArgs"]
 def main(argv: Optional[list[str]] = None) -> None:
     options = build_parser().parse_args(argv)
     check_options(options)
-    reader = CheckpointReader(find_checkpoint(options.hf_path, options.revision))
+    reader = CheckpointReader(find_folder("--hf-path", options.hf_path, FETCHED, options.revision))
     calibration = None
     if options.calibrate is not None:
         calibration = Calibration(reader, options.calibrate)
@@ -130,31 +131,9 @@ def check_options(options: argparse.Namespace) -> None:
         check_vacant(Path(options.mlx_path).expanduser())
 
 
-def find_checkpoint(path: str, revision: Optional[str]) -> Path:
-    """The folder of a checkpoint, fetched from the Hub if it is none of this machine."""
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if revision is not None:
-            raise ValueError(f"--revision {revision}: {path} is a folder; expected a repository.")
-        return folder
-    if folder.exists():
-        raise ValueError(f"--hf-path {path} is a file: expected the folder of a checkpoint.")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path):
-        raise ValueError(
-            f"--hf-path {path}: no such folder, and not a repository (owner/name) either."
-        )
-    patterns = ["config.json", "*.safetensors", "*.safetensors.index.json", *CARRIED]
-    try:
-        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"--hf-path {path}: no such folder, and not fetched from the Hub ({error})."
-        ) from error
-
-
 def make_plan(
     reader: CheckpointReader, options: argparse.Namespace, calibration: Optional[Calibration]
-) -> Plan:
+) -> Conversion:
     """What the source and the options ask for.
 
     Raises:
@@ -182,14 +161,14 @@ def make_plan(
         if options.to_hf:
             if head_order == "teacher":
                 raise ValueError(f"--to-hf: {reader.folder} is in PyTorch's layout already.")
-            plan = Plan(names.pytorch_config(config), args, names.to_pytorch(args), "pt")
+            plan = Conversion(names.pytorch_config(config), args, names.to_pytorch(args), "pt")
         elif head_order == "full_first":
             raise ValueError(
                 f"{reader.folder} is in MLX's layout already: use --to-hf to bring it to PyTorch, "
                 "mlx_lm.convert to quantise it."
             )
         else:
-            plan = Plan(names.mlx_config(config), args, names.to_mlx(reader, args))
+            plan = Conversion(names.mlx_config(config), args, names.to_mlx(reader, args))
 
     plan = plan.checked(reader)
     if options.dtype is not None:
@@ -200,11 +179,12 @@ def make_plan(
     return plan
 
 
-def plan_migration(config, options, calibration) -> Plan:
+def plan_migration(config, options, calibration) -> Conversion:
     check_teacher(config)
     recipe = options.recipe or "paper"
     # Stand-in heads: the sizes are checked before heads are chosen by them.
-    heads = [[0]] * config.get("num_hidden_layers", 1)
+    layers = config.get("num_hidden_layers")
+    heads = [[0]] * (layers if isinstance(layers, int) else 1)
     args = ModelArgs.from_dict(migrated_config(config, heads, recipe))
     layers, num_heads = args.num_hidden_layers, args.num_attention_heads
     if options.heads is not None:
@@ -216,7 +196,7 @@ def plan_migration(config, options, calibration) -> Plan:
         heads = spread_heads(ratio, layers, num_heads, args.num_key_value_heads)
     migrated = migrated_config(config, heads, recipe)
     args = ModelArgs.from_dict(migrated)
-    return Plan(migrated, args, migrate(args, calibration))
+    return Conversion(migrated, args, migrate(args, calibration))
 
 
 def refuse(options: argparse.Namespace, name: str, source: str) -> None:
@@ -234,7 +214,7 @@ def calibrate(calibration: Calibration, args: ModelArgs) -> None:
         calibration.measure(advance=lambda: advance(1))
 
 
-def carry_out(plan: Plan, reader: CheckpointReader, out: str) -> None:
+def carry_out(plan: Conversion, reader: CheckpointReader, out: str) -> None:
     """Write the checkpoint at ``out``, whole or not at all; one tensor is in memory at a time."""
     with staged_folder(out) as folder:
         writer = ShardWriter(
@@ -270,7 +250,7 @@ def progress_bar(description: str, total: int, *columns) -> Iterator[Callable[[i
         yield lambda amount: progress.advance(task, amount)
 
 
-def print_plan(plan: Plan) -> None:
+def print_plan(plan: Conversion) -> None:
     """Print what becomes of every tensor, as a table."""
     table = Table("tensor", "from", "shape", "dtype", "how")
     for step in plan.steps:
@@ -296,7 +276,7 @@ def as_text(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape))
 
 
-def print_summary(plan: Plan, out: Optional[str]) -> None:
+def print_summary(plan: Conversion, out: Optional[str]) -> None:
     """Print which heads are full, what the KV cache keeps, and where the model is."""
     args = plan.args
     layers = [args.layer_heads(layer) for layer in range(args.num_hidden_layers)]

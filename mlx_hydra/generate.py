@@ -141,6 +141,7 @@ def parse_args(argv: Optional[Sequence[str]]) -> Namespace:
         ("temp", args.temp >= 0, "0 or more"),
         ("top_p", 0 < args.top_p <= 1, "over 0 and up to 1"),
         ("prefill_step_size", args.prefill_step_size > 0, "1 or more"),
+        ("seed", args.seed is None or 0 <= args.seed < 1 << 64, "0 or more, within 64 bits"),
         ("prompt", args.prompt is None or args.prompt.strip(), "a question"),
     ):
         if not holds:
@@ -168,7 +169,7 @@ def choose_task(args: Namespace) -> Task:
             f"--model {args.model} has nothing to read: give --document FILE and --prompt TEXT, "
             "or --prompt alone."
         )
-    if args.prompt_cache and not args.document:
+    if args.prompt_cache is not None and not args.document:
         raise ValueError("--prompt-cache keeps a digested document: give it with --document.")
     return Task(args.model or str(demo.MODEL), args.document, args.prompt)
 
@@ -294,7 +295,7 @@ def note(text: str) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
     task = choose_task(args)
-    file = cache_path(args.prompt_cache) if args.prompt_cache else None
+    file = None if args.prompt_cache is None else cache_path(args.prompt_cache)
     documents = read_documents(task.documents)
     path = find_model(task.model)
     config = read_config(path)
@@ -310,6 +311,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
     if planner is not None:
         planner.check(tokens, machine_memory())
+    positions = config.get("max_position_embeddings") or tokens
+    if tokens > positions:
+        note(f"{tokens:,} tokens are more than the {positions:,} that this model is made for.")
 
     mx.reset_peak_memory()
     if args.seed is not None:
@@ -329,3 +333,5 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         note(f"The digested document is kept in {file}.")
     if args.json:
         print(json.dumps(asdict(answer)))
+    if task.known is not None and verdict == "wrong":
+        sys.exit(1)

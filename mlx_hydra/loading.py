@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import math
 import pkgutil
-import re
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,6 +16,7 @@ from transformers import PretrainedConfig
 
 from .checkpoints.reader import ELEMENT_BYTES, CheckpointReader, read_header
 from .config import MODEL_TYPE
+from .hub import find_folder
 
 
 def load(
@@ -46,22 +46,7 @@ def load(
 
 def find_model(path_or_repo: str) -> Path:
     """The folder of a model, downloaded where it is a repository on the hub."""
-    path = Path(path_or_repo).expanduser()
-    if path.exists():
-        if not path.is_dir():
-            raise ValueError(f"--model {path_or_repo} is a file; give the folder of the model.")
-        return path
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", path_or_repo):
-        raise ValueError(
-            f"--model {path_or_repo}: no such folder, and not a repository (owner/name) either."
-        )
-    try:
-        return mlx_lm.utils._download(path_or_repo)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise OSError(
-            f"--model {path_or_repo}: no such folder, and the hub does not give it: {reason}"
-        ) from error
+    return find_folder("--model", path_or_repo, mlx_lm.utils.DEFAULT_ALLOW_PATTERNS)
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from .cli import ArgumentParser, command
 from .config import MODEL_TYPE, LayerHeads, ModelArgs
 from .loading import find_model, read_config, weight_sizes
 from .ops.gated_delta import CHUNK
-from .ops.head_attention import SCORE_BYTES
+from .ops.head_attention import FUSED_HEAD_DIMS, SCORE_BYTES
 
 # Model types whose layers are all a softmax attention and a gated MLP, without a window.
 DENSE_TYPES = ("qwen3", "qwen2", "llama")
@@ -32,13 +32,11 @@ DENSE_SIZES = (
 # KVCache and QuantizedKVCache grow by so many tokens.
 CACHE_STEP = 256
 
-FUSED_HEAD_DIMS = (64, 80, 128)
-
 KV_BITS = (4, 8)
 KV_GROUP_SIZES = (64, 32)
 
 MEMINFO = Path("/proc/meminfo")
-CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True)
@@ -257,8 +255,12 @@ def machine_memory() -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(line.split(":", 1) for line in MEMINFO.read_text().splitlines())
     available = 1024 * int(fields["MemAvailable"].split()[0])
-    limit = CGROUP_LIMIT.read_text().strip() if CGROUP_LIMIT.exists() else "max"
-    return available if limit == "max" else min(available, int(limit))
+    try:
+        limit, used = ((CGROUP / name).read_text() for name in ("memory.max", "memory.current"))
+        return min(available, int(limit) - int(used))
+    except (OSError, ValueError):
+        # No container, or one without a limit ("max").
+        return available
 
 
 def in_bytes(count: int) -> str:

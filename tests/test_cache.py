@@ -145,7 +145,7 @@ def test_a_saved_cache_goes_on_as_if_it_had_not_been_saved(tmp_path, changes, bi
         assert type(new).__name__ == type(old).__name__
         assert new.nbytes == old.nbytes
         assert new.is_trimmable() == old.is_trimmable()
-    assert mx.array_equal(next_logits(model, loaded), next_logits(model, cache))
+    assert tiny.distance(next_logits(model, loaded), next_logits(model, cache)) < 1e-5
 
 
 def test_offsets_stay_python_integers_for_a_single_sequence(model, tmp_path):

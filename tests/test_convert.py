@@ -30,6 +30,7 @@ from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 import mlx_hydra.convert
+import mlx_hydra.hub
 from mlx_hydra.models.hydrahead import may_cast
 
 GOLDEN_QWEN3 = ["qwen3_tied", "qwen3_untied", "qwen3_yarn"]
@@ -527,7 +528,7 @@ def test_a_repository_is_fetched_without_its_code(tmp_path, monkeypatch):
         asked.update(repository=repository, revision=revision, patterns=allow_patterns)
         return str(tmp_path / "source")
 
-    monkeypatch.setattr(mlx_hydra.convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(mlx_hydra.hub, "snapshot_download", snapshot_download)
     out = convert("Qwen/Qwen3-0.6B", tmp_path / "out", "--revision", "main")
     assert (out / "model.safetensors").exists()
     assert (asked["repository"], asked["revision"]) == ("Qwen/Qwen3-0.6B", "main")

@@ -23,6 +23,7 @@ from checkpoint_files import (
 )
 
 import mlx_hydra.convert
+import mlx_hydra.hub
 from mlx_hydra.checkpoints import writer
 from mlx_hydra.checkpoints.plan import Step
 
@@ -210,6 +211,8 @@ def test_tensors_that_are_no_floats_are_refused(tmp_path, capfd):
         ({"rms_norm_eps": "remove"}, "rms_norm_eps is missing"),
         ({"rope_theta": "remove"}, "rope_theta is missing"),
         ({"num_key_value_heads": 4}, "is not a multiple of num_key_value_heads=4"),
+        ({"num_hidden_layers": "3"}, "num_hidden_layers='3'"),
+        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling={'type': 'yarn'}: 'factor' is missing"),
         ({"quantization": {"bits": 4, "group_size": 64}}, "is quantised (quantization in"),
         ({"quantization_config": {"quant_method": "fp8"}}, "expected float weights"),
     ],
@@ -361,15 +364,16 @@ def test_a_path_that_is_no_checkpoint_is_refused(tmp_path, capfd):
     (tmp_path / "file.safetensors").write_text("")
     line = refusal(capfd, tmp_path / "file.safetensors", tmp_path / "out")
     assert "is a file: expected the folder" in line
+    assert "--hf-path '': no such folder" in refusal(capfd, "", tmp_path / "out")
 
 
 def test_a_repository_that_cannot_be_fetched_is_one_line(tmp_path, capfd, monkeypatch):
     def snapshot_download(*args, **kwargs):
         raise OSError("cannot\nreach\nthe hub")
 
-    monkeypatch.setattr(mlx_hydra.convert, "snapshot_download", snapshot_download)
+    monkeypatch.setattr(mlx_hydra.hub, "snapshot_download", snapshot_download)
     line = refusal(capfd, "owner/name", tmp_path / "out")
-    assert "owner/name: no such folder, and not fetched from the Hub (cannot reach" in line
+    assert "owner/name: no such folder, and the hub does not give it: cannot" in line
 
 
 def test_an_output_that_is_taken_is_refused_and_kept(source, tmp_path, capfd):
@@ -383,6 +387,15 @@ def test_an_output_that_is_taken_is_refused_and_kept(source, tmp_path, capfd):
     assert "is not empty" in refusal(capfd, "owner/name", tmp_path / "out")
     (tmp_path / "out" / "precious").unlink()
     assert load(convert(source, tmp_path / "out"))
+
+
+def test_an_output_that_cannot_be_made_is_named(source, tmp_path, capfd):
+    (tmp_path / "file").write_text("")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(SystemExit) as stopped:
+        convert(source, out)
+    error = capfd.readouterr().err
+    assert (stopped.value.code, error) == (2, f"error: {out} cannot be made: Not a directory.\n")
 
 
 def test_folders_above_the_output_are_made_and_unmade(source, tmp_path, capfd, monkeypatch):

@@ -278,6 +278,8 @@ def test_a_run_that_does_not_fit_is_refused_before_it_starts(run, folder, docume
         (["--model", "{folder}", "--document", "/no.txt", "--prompt", "w1"], "/no.txt"),
         (["--max-tokens", "0"], "--max-tokens 0"),
         (["--temp", "-1"], "--temp -1.0"),
+        (["--seed", "-1"], "--seed -1"),
+        (["--seed", str(1 << 64)], "within 64 bits"),
         (["--top-p", "0"], "--top-p 0.0"),
         (["--prefill-step-size", "0"], "--prefill-step-size 0"),
         (["--kv-bits", "5"], "--kv-bits"),
@@ -292,12 +294,22 @@ def test_what_is_wrong_is_told_in_one_line(run, folder, document, tmp_path, argu
 
 
 def test_a_model_that_the_hub_does_not_give_is_told_in_one_line(run, monkeypatch):
-    def refuse(_):
+    def refuse(*args, **options):
         raise OSError("401 Client Error.\nRepository Not Found for url")
 
-    monkeypatch.setattr("mlx_lm.utils._download", refuse)
+    monkeypatch.setattr("mlx_hydra.hub.snapshot_download", refuse)
     code, _, err = run("--model", "owner/name", "--prompt", "w1")
     assert (code, len(err)) == (2, 1) and "the hub does not give it: 401 Client Error." in err[0]
+
+
+def test_a_prompt_beyond_the_models_positions_is_noted(run, folder, document, tmp_path):
+    short = shutil.copytree(folder, tmp_path / "short")
+    break_config(short, max_position_embeddings=8)
+    asked = ["--document", document, "--prompt", QUESTION, "--max-tokens", 2]
+    code, _, err = run("--model", short, *asked)
+    assert code == 0 and "are more than the 8 that this model is made for" in err[0]
+    _, _, err = run("--model", folder, *asked)
+    assert "made for" not in "".join(err)
 
 
 def break_config(path, **changes):
@@ -410,6 +422,17 @@ def bundle(folder, document, tmp_path, monkeypatch):
     return questions
 
 
+def test_the_bundled_demo_answers_its_first_question(run, monkeypatch, tmp_path):
+    # The report's first tenth, in which that fact stands: all of it takes half a minute.
+    text = demo.REPORT.read_text(encoding="utf-8")
+    start = tmp_path / "report.txt"
+    start.write_text(text[: len(text) // 10], encoding="utf-8")
+    monkeypatch.setattr(demo, "REPORT", start)
+    code, out, _ = run()
+    assert code == 0
+    assert out[-1].endswith("the answer is right.")
+
+
 def test_without_arguments_the_demo_runs(run, bundle):
     code, out, _ = run()
     assert code == 0
@@ -418,7 +441,8 @@ def test_without_arguments_the_demo_runs(run, bundle):
 
 
 def test_the_demo_can_be_asked_something_else(run, bundle, document):
-    _, out, _ = run("--prompt", f"{QUESTION} w5")
+    code, out, _ = run("--prompt", f"{QUESTION} w5")
+    assert code == 1
     assert out[-1].startswith("Expected: never") and out[-1].endswith("the answer is wrong.")
     _, out, _ = run("--prompt", "w9", "--max-tokens", 4)
     assert len(out) == 1
@@ -495,3 +519,12 @@ def test_mlx_lms_commands_do_not_run_a_models_own_file(
     (model, tokenizer), (_, _, config) = loaded
     assert isinstance(model, nn.Module) and tokenizer.eos_token == "<eos>"
     assert config["model_type"] == "hydrahead"
+
+
+@pytest.mark.parametrize("command", [mlx_lm_commands.server, mlx_lm_commands.chat])
+def test_mlx_lms_commands_tell_of_a_missing_model_in_one_line(monkeypatch, capsys, command):
+    monkeypatch.setattr("sys.argv", ["command", "--model", "/no/where", "--port", "1"])
+    with pytest.raises(SystemExit) as stop:
+        command()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: --model /no/where: no such folder")

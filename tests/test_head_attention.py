@@ -104,7 +104,7 @@ def test_blocks_of_queries_give_what_one_block_gives(monkeypatch, kv_index, T, m
         options |= {"group_size": 64, "bits": bits}
     whole = head_attention(q, k, v, kv_index, **options)
     small_blocks(monkeypatch)
-    assert tiny.distance(head_attention(q, k, v, kv_index, **options), whole) < 1e-6
+    assert tiny.distance(head_attention(q, k, v, kv_index, **options), whole) < 1e-5
 
 
 def test_a_block_holds_no_more_scores_than_it_may(monkeypatch):

@@ -19,12 +19,20 @@ import tiny
 from mlx_lm import generate, load, stream_generate
 from mlx_lm.generate import BatchGenerator, batch_generate
 
+from mlx_hydra import convert
+
 SETTINGS = tiny.config(head_dim=32, hidden_size=64, intermediate_size=64)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tiny.save(tiny.model(**SETTINGS), SETTINGS, tmp_path_factory.mktemp("saved") / "model")
+    """What convert.py makes of a PyTorch checkpoint."""
+    place = tmp_path_factory.mktemp("converted")
+    saved = tiny.save(tiny.model(**SETTINGS), SETTINGS, place / "saved")
+    pytorch, model = place / "pytorch", place / "model"
+    convert.main(["--hf-path", str(saved), "--to-hf", "--mlx-path", str(pytorch)])
+    convert.main(["--hf-path", str(pytorch), "--mlx-path", str(model)])
+    return model
 
 
 @pytest.fixture(scope="module")

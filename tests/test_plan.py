@@ -148,14 +148,15 @@ def test_group_sizes_are_what_mlx_can_quantise():
 def test_free_memory_is_read_from_the_system(tmp_path, monkeypatch):
     monkeypatch.setattr(plan.mx, "default_device", lambda: mx.cpu)
     monkeypatch.setattr(plan, "MEMINFO", tmp_path / "meminfo")
-    monkeypatch.setattr(plan, "CGROUP_LIMIT", tmp_path / "memory.max")
+    monkeypatch.setattr(plan, "CGROUP", tmp_path)
     assert plan.machine_memory() > 1 << 28
     plan.MEMINFO.write_text("MemTotal:  9000 kB\nMemAvailable:  4000 kB\n")
     assert plan.machine_memory() == 4000 * 1024
-    plan.CGROUP_LIMIT.write_text("max\n")
+    (tmp_path / "memory.current").write_text("400000\n")
+    (tmp_path / "memory.max").write_text("max\n")
     assert plan.machine_memory() == 4000 * 1024
-    plan.CGROUP_LIMIT.write_text("1000000\n")
-    assert plan.machine_memory() == 1000000
+    (tmp_path / "memory.max").write_text("1000000\n")
+    assert plan.machine_memory() == 600000
 
 
 @pytest.mark.parametrize(

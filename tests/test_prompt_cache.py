@@ -143,3 +143,6 @@ def test_the_path_is_checked_before_anything_is_read(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     with pytest.raises(ValueError, match="is a directory"):
         cache_path(str(tmp_path / "folder"))
+    for name in ("", ".", "..", "/"):
+        with pytest.raises(ValueError, match="is a directory"):
+            cache_path(name)

@@ -1,6 +1,6 @@
 """Ask a model about facts in reports it has never seen, at several lengths.
 
-    python examples/demo/evaluate.py --lengths 2048 8192 32768 --questions 200 --out DIR
+    python examples/demo/evaluate.py --lengths 2048 8192 32768 --questions 200 --out FILE
 
 An answer is right when the greedy text up to the end token equals the value. Facts are drawn
 evenly over the report, which is digested once for all its questions.
@@ -21,7 +21,8 @@ from mlx_hydra.loading import load
 
 BUNDLE = Path(__file__).parent.parent.parent / "mlx_hydra" / "demo" / "model"
 
-# Training batches count up from 20261123; these seeds stay far below.
+# Training batches count up from 20261123, one a step. No report's seed is among them: they are
+# a million, a thousand for each token of length, and the report's number.
 FIRST_SEED = 1_000_000
 MAX_TOKENS = 16
 DENSITY = 0.25

@@ -1,9 +1,9 @@
 """Train the demo model: a curriculum of ever longer reports, loss on the answers alone.
 
-    python examples/demo/train.py --tokenizer DIR --out DIR --minutes 9
+    python examples/demo/train.py --tokenizer DIR --out DIR --minutes 13
 
-A stage ends when nine answers in ten come out right, or when its share of the time is over. The
-state is saved every half minute; a second run with the same --out goes on from there.
+A stage ends when 95% of the answers' tokens come out right, or when its share of the time is over.
+The state is saved every half minute; a second run with the same --out goes on from there.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=9.0, help="of this run")
+    parser.add_argument("--minutes", type=float, default=13.0, help="of this run")
     parser.add_argument("--total-minutes", type=float, help="of all runs, for the schedule")
     parser.add_argument("--workers", type=int, default=multiprocessing.cpu_count() - 1)
     args = parser.parse_args()

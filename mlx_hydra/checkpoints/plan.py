@@ -96,7 +96,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Conversion:
     """A whole conversion.
 
     config: the config.json that is written.
@@ -124,7 +124,7 @@ class Plan:
     def parameters(self) -> int:
         return sum(math.prod(step.shape) for step in self.steps)
 
-    def checked(self, reader: CheckpointReader) -> "Plan":
+    def checked(self, reader: CheckpointReader) -> "Conversion":
         """The plan with the dtypes and the dropped tensors of a source that it fits.
 
         Raises:
@@ -154,7 +154,7 @@ class Plan:
         dropped = {name: self._why_dropped(name) for name in unused}
         return replace(self, steps=steps, dropped=dropped)
 
-    def cast(self, dtype: mx.Dtype) -> "Plan":
+    def cast(self, dtype: mx.Dtype) -> "Conversion":
         """The plan with all that may leave float32 in ``dtype``."""
         steps = [
             replace(step, dtype=dtype, what=cast_in_words(step, dtype))
@@ -168,7 +168,7 @@ class Plan:
             self, steps=steps, config={**self.config, **dict.fromkeys(known or ["dtype"], name)}
         )
 
-    def quantized(self, quantization: Quantization) -> "Plan":
+    def quantized(self, quantization: Quantization) -> "Conversion":
         """The plan with all weights quantised that mlx-lm would quantise.
 
         Raises:

@@ -42,13 +42,16 @@ def staged_folder(out: Union[str, Path]) -> Iterator[Path]:
 
     Raises:
         ValueError: ``out`` is there already and is not an empty folder, or another run is at it.
-        OSError: the disk is full.
+        OSError: the disk is full, or no folder can be made there.
     """
     out = Path(out).expanduser().resolve()
     check_vacant(out)
     folder = out.parent / f".{out.name}.mlx_hydra-partial"
     made = [parent for parent in out.parents if not parent.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{out} cannot be made: {error.strerror}.") from error
     with locked(folder, out):
         try:
             remove_contents(folder)

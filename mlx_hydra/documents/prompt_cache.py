@@ -45,10 +45,10 @@ def cache_path(name: str) -> Path:
         ValueError: it is a directory, or would be in one that is not there.
     """
     path = Path(name).expanduser()
-    if path.suffix != SUFFIX:
+    if path.name not in ("", "..") and path.suffix != SUFFIX:
         path = path.with_name(path.name + SUFFIX)
     if path.is_dir():
-        raise ValueError(f"--prompt-cache {name} is a directory; name a file.")
+        raise ValueError(f"--prompt-cache {name!r} is a directory; name a file.")
     if not path.parent.is_dir():
         raise ValueError(f"--prompt-cache {name}: there is no directory {path.parent}.")
     return path
@@ -67,7 +67,7 @@ def save_cache(path: Path, cache: list[Any], origin: Origin) -> None:
         "kv_bits": json.dumps(origin.kv_bits),
         "checksum": _checksum(cache),
     }
-    partial = path.with_name(f".{path.stem}.{os.getpid()}{SUFFIX}")
+    partial = path.with_name(f".{path.stem}.partial{SUFFIX}")
     try:
         save_prompt_cache(str(partial), cache, metadata)
         read_header(partial)

@@ -39,13 +39,16 @@ def may_cast(path: str) -> bool:
 
 
 def rope_for(args: ModelArgs) -> nn.Module:
-    return initialize_rope(
-        args.head_dim,
-        base=args.rope_theta,
-        traditional=False,
-        scaling_config=args.rope_scaling,
-        max_position_embeddings=args.max_position_embeddings,
-    )
+    try:
+        return initialize_rope(
+            args.head_dim,
+            base=args.rope_theta,
+            traditional=False,
+            scaling_config=args.rope_scaling,
+            max_position_embeddings=args.max_position_embeddings,
+        )
+    except KeyError as error:
+        raise ValueError(f"rope_scaling={args.rope_scaling!r}: {error} is missing.") from error
 
 
 class FullAttention(nn.Module):

@@ -11,6 +11,9 @@ from .backend import resolve_backend
 
 KeysOrValues = Union[mx.array, tuple[mx.array, mx.array, mx.array]]
 
+# The head sizes that MLX's fused kernels take.
+FUSED_HEAD_DIMS = (64, 80, 128)
+
 # The scores of one block of queries stay below this where MLX would hold them in memory.
 SCORE_BYTES = 64 << 20
 
@@ -89,9 +92,11 @@ def head_attention(
             stop = min(start + rows, T)
             seen = S if mask is not None else offset + stop
             part = None if mask is None else mask[:, :, start:stop]
-            # One after the other: MLX would start several, and hold the scores of each.
-            rows_of_q = mx.depends(q[:, :, start:stop], blocks[-1:])
-            blocks.append(attend(rows_of_q, _keys(k, seen), _keys(v, seen), part))
+            block = q[:, :, start:stop]
+            if blocks and mx.default_device() == mx.cpu:
+                # One after the other: MLX would start several, and hold the scores of each.
+                block = mx.depends(block, blocks[-1:])
+            blocks.append(attend(block, _keys(k, seen), _keys(v, seen), part))
         return mx.concatenate(blocks[len(before) :], axis=2)
 
     repeats, remainder = divmod(len(index), Hk)
@@ -109,7 +114,7 @@ def head_attention(
 
 def _rows_per_block(q, end, bits):
     B, H, T, D = q.shape
-    fused = mx.default_device() == mx.gpu and bits is None and D in (64, 80, 128)
+    fused = mx.default_device() == mx.gpu and bits is None and D in FUSED_HEAD_DIMS
     if fused and q.dtype != mx.float32:
         return T
     return max(16, SCORE_BYTES // (4 * B * H * end))
