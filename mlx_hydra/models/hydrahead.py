@@ -10,7 +10,6 @@ from typing import Any, Optional
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask
-from mlx_lm.models.gated_delta import compute_g, normalize_qk
 from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
@@ -49,6 +48,12 @@ def rope_for(args: ModelArgs) -> nn.Module:
         )
     except KeyError as error:
         raise ValueError(f"rope_scaling={args.rope_scaling!r}: {error} is missing.") from error
+
+
+def l2_norm(x: mx.array) -> mx.array:
+    """``x / sqrt(sum(x^2) + L2_NORM_EPS)`` over the last axis, by MLX's RMSNorm."""
+    D = x.shape[-1]
+    return D**-0.5 * mx.fast.rms_norm(x, None, L2_NORM_EPS / D)
 
 
 class FullAttention(nn.Module):
@@ -150,9 +155,10 @@ class LinearAttention(nn.Module):
         q, k = self.q_norm(q), self.k_norm(k)
         if "rope" in self:
             q, k = (self._rotate(part, offset) for part in (q, k))
-        q, k = normalize_qk(q, k, inv_scale=self.head_dim**-0.5, eps=L2_NORM_EPS)
+        q, k = self.head_dim**-0.5 * l2_norm(q), l2_norm(k)
 
-        g = compute_g(self.A_log, self.a_proj(x).astype(mx.float32), self.dt_bias)
+        step = nn.softplus(self.a_proj(x).astype(mx.float32) + self.dt_bias)
+        g = mx.exp(-mx.exp(self.A_log) * step)
         beta = mx.sigmoid(self.b_proj(x).astype(mx.float32))
         state = None if cache is None else cache[RECURRENT]
         o, state = gated_delta(q, k, v, g, beta, state, mask)
