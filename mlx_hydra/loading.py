@@ -2,6 +2,7 @@
 
 import difflib
 import hashlib
+import inspect
 import math
 import pkgutil
 from pathlib import Path
@@ -17,6 +18,22 @@ from transformers import PretrainedConfig
 from .checkpoints.reader import ELEMENT_BYTES, CheckpointReader, read_header
 from .config import MODEL_TYPE
 from .hub import find_folder
+
+# What mlx-lm fetches of a repository.
+FETCHED = (
+    "*.json",
+    "model*.safetensors",
+    "*.py",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "*.txt",
+    "*.jsonl",
+    "*.jinja",
+)
+
+# mlx-lm 0.31, the last for Python 3.10, runs a model's own file unasked; read_config does ask.
+ASKS_FOR_TRUST = "trust_remote_code" in inspect.signature(mlx_lm.utils.load_model).parameters
 
 
 def load(
@@ -46,7 +63,7 @@ def load(
 
 def find_model(path_or_repo: str) -> Path:
     """The folder of a model, downloaded where it is a repository on the hub."""
-    return find_folder("--model", path_or_repo, mlx_lm.utils.DEFAULT_ALLOW_PATTERNS)
+    return find_folder("--model", path_or_repo, FETCHED)
 
 
 def read_config(path: Path, trust_remote_code: bool = False) -> dict[str, Any]:
@@ -107,12 +124,19 @@ def load_model(
     """A model with its weights in memory, and its configuration."""
     config = read_config(path, trust_remote_code)
     weight_files(path, adapter_path)
+    changes = {"model_file": config.get("model_file")}
+    rope = config.get("rope_parameters") or {}
+    if "rope_theta" in rope and config.get("rope_theta") is None:
+        # transformers 5 writes them there, where mlx-lm 0.31 does not look.
+        changes["rope_theta"] = rope["rope_theta"]
+        if rope.get("rope_type", "default") != "default":
+            changes["rope_scaling"] = rope
     try:
         model, config = mlx_lm.utils.load_model(
             path,
             lazy=True,
-            model_config={"model_file": config.get("model_file")},
-            trust_remote_code=trust_remote_code,
+            model_config=changes,
+            **({"trust_remote_code": trust_remote_code} if ASKS_FOR_TRUST else {}),
         )
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path / 'config.json'} does not fit its model type: {error}.") from error

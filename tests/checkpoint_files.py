@@ -9,7 +9,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from mlx_lm.utils import load_model
-from tiny import GOLDEN
+from tiny import GOLDEN, READS_ROPE_PARAMETERS
 
 from mlx_hydra.convert import main
 
@@ -74,7 +74,11 @@ def convert(source, out, *options) -> Path:
 
 def load(folder: Path):
     """The model in mlx-lm's hands."""
-    return load_model(Path(folder), model_config={"model_file": None})[0]
+    config = read_config(folder)
+    changes, rope = {"model_file": None}, config.get("rope_parameters")
+    if rope and config["model_type"] == "qwen3" and not READS_ROPE_PARAMETERS:
+        changes |= {"rope_theta": rope["rope_theta"], "rope_scaling": rope}
+    return load_model(Path(folder), model_config=changes)[0]
 
 
 def read_config(folder: Path) -> dict:

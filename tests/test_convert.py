@@ -26,7 +26,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.utils import load as mlx_lm_load
 from mlx_lm.utils import load_model, quantize_model, save_model
 
 import mlx_hydra.convert
@@ -224,7 +223,7 @@ def test_gamma_starts_at_the_rms_of_the_teachers_heads(recipe, tmp_path, monkeyp
     options = ("--heads", heads_file(tmp_path / "heads.json", HEADS, 6), "--recipe", recipe)
     out = convert(tmp_path / "source", tmp_path / "out", *options, "--calibrate", text)
 
-    teacher, tokenizer = mlx_lm_load(str(tmp_path / "source"))
+    teacher, tokenizer = tiny.load(tmp_path / "source")
     inputs = []
     for block in teacher.layers:
         block.self_attn.o_proj = Spy(block.self_attn.o_proj, inputs)
@@ -384,7 +383,7 @@ def test_quantised_as_mlx_lm_would(bits, group_size, tmp_path):
         assert read_config(out)[name] == config["quantization"]
 
     # The way of mlx_lm.generate --trust-remote-code: through the file that travels along.
-    shimmed, tokenizer = mlx_lm_load(str(out), trust_remote_code=True)
+    shimmed, tokenizer = tiny.load(out)
     linear = shimmed.layers[0].self_attn.linear
     assert isinstance(shimmed.model.embed_tokens, nn.QuantizedEmbedding) == (group_size == 32)
     assert isinstance(linear.q_proj, nn.QuantizedLinear) == (group_size == 32)
@@ -400,12 +399,13 @@ def test_the_shim_stands_alone(tmp_path, monkeypatch):
     write_qwen3(tmp_path / "source")
     out = convert(tmp_path / "source", tmp_path / "out")
     monkeypatch.delitem(sys.modules, "mlx_lm.models.hydrahead")
-    with pytest.raises(ValueError, match="trust_remote_code"):
-        load_model(out)
-    assert load_model(out, trust_remote_code=True)[0].layers
+    if tiny.ASKS_FOR_TRUST:
+        with pytest.raises(ValueError, match="trust_remote_code"):
+            load_model(out)
+    assert load_model(out, **tiny.TRUSTED)[0].layers
     monkeypatch.setitem(sys.modules, "mlx_hydra.models.hydrahead", None)
     with pytest.raises(ImportError, match="pip install mlx-hydra"):
-        load_model(out, trust_remote_code=True)
+        load_model(out, **tiny.TRUSTED)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -11,7 +11,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.utils import quantize_model
 
 from mlx_hydra.models import hydrahead
-from mlx_hydra.models.cache import linear_part
+from mlx_hydra.models.cache import linear_part, padding_mask
 from mlx_hydra.models.hydrahead import Model, ModelArgs
 
 FULL = {"rope": False, "log_scale_base": 16, "gate": True}
@@ -309,7 +309,7 @@ def test_linear_heads_take_nothing_from_what_is_masked(model, poison):
     padded, alone = (model.make_cache()[0] for _ in range(2))
     padded.prepare(lengths=[9])
     padded.left_padding = mx.array([2])
-    o, _ = linear(x, padded.make_mask(12), padded, 0)
+    o, _ = linear(x, padding_mask(padded, 12), padded, 0)
     expected, _ = linear(x[:, 2:9], None, alone, 2)
     assert tiny.distance(o[:, 2:9], expected) < 1e-5
     assert not o[:, :2].any()

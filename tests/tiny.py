@@ -1,12 +1,16 @@
 """Tiny HydraHead models with random weights, and the helpers that tests of them share."""
 
+import inspect
 import json
 from pathlib import Path
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from mlx_lm.generate import BatchResponse
+from mlx_lm.models import qwen3
 from mlx_lm.utils import save_config, save_model
 
 from mlx_hydra.models.hydrahead import Model, ModelArgs
@@ -19,6 +23,14 @@ SHIM = "from mlx_hydra.models.hydrahead import Model, ModelArgs\n"
 RAGGED = [[], [0, 1, 3], [0, 1, 2, 3]]
 
 VOCABULARY = 61
+
+# mlx-lm 0.32 runs the file that a model brings along only where told to; 0.31, the last for
+# Python 3.10, runs it unasked.
+ASKS_FOR_TRUST = "trust_remote_code" in inspect.signature(mlx_lm.load).parameters
+TRUSTED = {"trust_remote_code": True} if ASKS_FOR_TRUST else {}
+
+# transformers 5 writes rope_theta there; of mlx-lm's Qwen3, 0.32 alone looks for it.
+READS_ROPE_PARAMETERS = "rope_parameters" in qwen3.ModelArgs.__dataclass_fields__
 
 # A GPU runs ahead of what it is asked to wait for, and holds more at its peak.
 exact_peak = pytest.mark.skipif(
@@ -132,6 +144,24 @@ def save(model: Model, settings: dict, folder: Path) -> Path:
     (folder / "hydrahead.py").write_text(SHIM)
     write_tokenizer(folder)
     return folder
+
+
+def load(folder: Path, **options):
+    """A saved model and its tokenizer from mlx-lm, which runs the file beside the weights."""
+    return mlx_lm.load(str(folder), **options, **TRUSTED)
+
+
+def batch_generate(model, tokenizer, prompts, **options) -> tuple[list, list, list]:
+    """mlx-lm's answers to prompts read as one batch: texts, tokens, and the tokens' logprobs.
+
+    mlx-lm 0.31 returns texts alone. A word is a token here, and the logprobs are None.
+    """
+    if "token_ids" in BatchResponse.__dataclass_fields__:
+        options |= {"return_token_ids": True, "return_logprobs": True}
+        response = mlx_lm.batch_generate(model, tokenizer, prompts, **options)
+        return response.texts, response.token_ids, response.logprobs
+    texts = mlx_lm.batch_generate(model, tokenizer, prompts, **options).texts
+    return texts, [tokenizer.encode(text) for text in texts], [None] * len(texts)
 
 
 CHAT_TEMPLATE = (

@@ -78,6 +78,22 @@ def cache_bytes(caches: list) -> dict[str, int]:
     }
 
 
+def padding_mask(cache: Optional[ArraysCache], T: int) -> Optional[mx.array]:
+    """Which of the next T tokens are no padding, bool ``[B, T]``; None where all are.
+
+    Not the cache's own make_mask, which in mlx-lm 0.31 takes either side's padding, not both.
+    """
+    if cache is None:
+        return None
+    position, mask = mx.arange(T), None
+    if cache.left_padding is not None:
+        mask = position >= cache.left_padding[:, None]
+    if cache.lengths is not None:
+        inside = position < cache.lengths[:, None]
+        mask = inside if mask is None else mask & inside
+    return mask
+
+
 def depends_on_counters(x: mx.array, caches: list) -> mx.array:
     """Tie the per-sequence counters of a batched cache to an output.
 

@@ -9,7 +9,7 @@ from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask, create_ssm_mask
+from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
@@ -22,6 +22,7 @@ from .cache import (
     full_part,
     linear_part,
     make_cache,
+    padding_mask,
 )
 
 L2_NORM_EPS = 1e-6
@@ -276,9 +277,10 @@ class HydraHeadModel(nn.Module):
         # Linear layers keep no offset: all layers take it from the first that caches keys.
         first_full = next((c for c in map(full_part, cache) if c is not None), None)
         first_linear = next((c for c in map(linear_part, cache) if c is not None), None)
-        offset = 0 if first_full is None else first_full.offset
+        # A copy: mlx-lm 0.31 adds to the offsets of a batch in place.
+        offset = 0 if first_full is None else first_full.offset + 0
         full_mask = create_attention_mask(h, first_full)
-        linear_mask = create_ssm_mask(h, first_linear)
+        linear_mask = padding_mask(first_linear, h.shape[1])
 
         for layer, c in zip(self.layers, cache):
             h = layer(h, full_mask, linear_mask, c, offset)

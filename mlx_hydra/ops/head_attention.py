@@ -5,7 +5,6 @@ from itertools import groupby
 from typing import Optional, Union
 
 import mlx.core as mx
-from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from .backend import resolve_backend
 
@@ -74,14 +73,11 @@ def head_attention(
         k, v = _keys(k, end), _keys(v, end)
 
     def attend(q, k, v, mask):
+        if bits is not None:
+            return _quantised_attention(q, k, v, mask, scale, group_size, bits)
         if mask is None and q.shape[2] > 1:
             mask = "causal"
-        if bits is None:
-            return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
-        # The callee scales its queries in place: hand it a copy.
-        return quantized_scaled_dot_product_attention(
-            q * 1, k, v, scale=scale, mask=mask, group_size=group_size, bits=bits
-        )
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
 
     def attend_in_blocks(q, k, v, before=()):
         rows = _rows_per_block(q, end, bits)
@@ -110,6 +106,22 @@ def head_attention(
         outputs.append(attend_in_blocks(*group, outputs[-1:]))
         start = stop
     return mx.concatenate(outputs, axis=1)
+
+
+def _quantised_attention(q, k, v, mask, scale, group_size, bits):
+    """Attention of uniform groups over keys and values that stay packed."""
+    B, H, T, D = q.shape
+    Hk, S = k[0].shape[1:3]
+    if mask is None:
+        mask = (mx.arange(S - T, S)[:, None] >= mx.arange(S))[None, None]
+    k, v = (tuple(part[:, :, None] for part in x) for x in (k, v))
+    packed = {"group_size": group_size, "bits": bits}
+    q = (scale * q).reshape(B, Hk, H // Hk, T, D)
+    scores = mx.quantized_matmul(q, *k, transpose=True, **packed)
+    scores = mx.where(mask[:, :, None], scores, mx.finfo(scores.dtype).min)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    o = mx.quantized_matmul(weights, *v, transpose=False, **packed)
+    return o.reshape(B, H, T, -1)
 
 
 def _rows_per_block(q, end, bits):
