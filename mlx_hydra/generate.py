@@ -26,6 +26,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import kernels
 from .cli import ArgumentParser, command
 from .config import MODEL_TYPE
 from .documents import demo
@@ -283,7 +284,9 @@ def read_and_answer(
 
 
 def backend_name(config: dict) -> str:
-    name = resolve_backend() if config["model_type"] == MODEL_TYPE else "mlx_lm"
+    gpu = kernels.gpu_backend()
+    supported = ("ops",) if gpu is None else (gpu, "ops")
+    name = resolve_backend("auto", supported) if config["model_type"] == MODEL_TYPE else "mlx_lm"
     return f"{name} on {'cpu' if mx.default_device() == mx.cpu else 'gpu'}"
 
 

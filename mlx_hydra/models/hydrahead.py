@@ -9,12 +9,14 @@ from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import LayerHeads, ModelArgs
 from ..ops import fuse_heads, gated_delta, head_attention
+from ..ops.gated_delta_step import Rotation, Weights, gated_delta_step, step_backend
 from .cache import (
     CONV,
     RECURRENT,
@@ -24,6 +26,7 @@ from .cache import (
     make_cache,
     padding_mask,
 )
+from .side_by_side import SideBySide
 
 L2_NORM_EPS = 1e-6
 
@@ -57,6 +60,17 @@ def l2_norm(x: mx.array) -> mx.array:
     return D**-0.5 * mx.fast.rms_norm(x, None, L2_NORM_EPS / D)
 
 
+def rotation_of(rope: nn.Module, dim: int) -> Optional[Rotation]:
+    """What a RoPE module does, for the fused step; None if that depends on the length."""
+    if isinstance(rope, nn.RoPE):
+        periods = rope.base ** (mx.arange(0, dim, 2, dtype=mx.float32) / dim)
+        return Rotation(rope.scale / periods)
+    if (periods := getattr(rope, "_freqs", None)) is None:
+        return None
+    # YaRN's factor, or LongRoPE's.
+    return Rotation(1 / periods, getattr(rope, "mscale", getattr(rope, "_scale", 1.0)))
+
+
 class FullAttention(nn.Module):
     """The heads that keep softmax attention, and the KV heads that they read."""
 
@@ -79,16 +93,37 @@ class FullAttention(nn.Module):
         if switches.rope:
             self.rope = rope_for(args)
 
-    def __call__(self, x, mask, cache, offset) -> tuple[mx.array, Optional[mx.array]]:
+    @property
+    def projections(self) -> list[nn.Module]:
+        gate = [self.g_proj] if "g_proj" in self else []
+        return [self.q_proj, self.k_proj, self.v_proj, *gate]
+
+    @property
+    def ends(self) -> list[int]:
+        """The channels where each projection's outputs end, side by side."""
+        D = self.q_norm.weight.size
+        queries, keys = self.n_heads * D, self.n_kv_heads * D
+        ends = [queries, queries + keys, queries + 2 * keys]
+        return [*ends, ends[-1] + queries] if "g_proj" in self else ends
+
+    def __call__(
+        self, x, mask, cache, offset, projected=None
+    ) -> tuple[mx.array, Optional[mx.array]]:
         B, T, _ = x.shape
-        q = self.q_norm(self.q_proj(x).reshape(B, T, self.n_heads, -1)).transpose(0, 2, 1, 3)
-        k = self.k_norm(self.k_proj(x).reshape(B, T, self.n_kv_heads, -1)).transpose(0, 2, 1, 3)
-        v = self.v_proj(x).reshape(B, T, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        q, k, v, *gate = projected or [projection(x) for projection in self.projections]
+        q = self.q_norm(q.reshape(B, T, self.n_heads, -1)).transpose(0, 2, 1, 3)
+        k = self.k_norm(k.reshape(B, T, self.n_kv_heads, -1)).transpose(0, 2, 1, 3)
+        v = v.reshape(B, T, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
 
         if "rope" in self:
             q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
-        if self.log_scale_base is not None:
-            q = (q * self._log_scale(T, offset)).astype(q.dtype)
+        scale, a = self.scale, self.log_scale_base
+        if a is not None:
+            if T == 1 and isinstance(offset, int):
+                # One position: its factor is a number, and costs no operation.
+                scale *= math.log(offset + a) / math.log(a)
+            else:
+                q = (q * self._log_scale(T, offset)).astype(q.dtype)
 
         quantised = {}
         if cache is not None:
@@ -101,13 +136,12 @@ class FullAttention(nn.Module):
             k,
             v,
             self.kv_index,
-            scale=self.scale,
+            scale=scale,
             offset=keys.shape[2] - T,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
         )
-        gate = mx.sigmoid(self.g_proj(x)) if "g_proj" in self else None
-        return o.transpose(0, 2, 1, 3), gate
+        return o.transpose(0, 2, 1, 3), gate[0] if gate else None
 
     def _log_scale(self, T, offset):
         """s_t = log(t + a) / log(a), HypeNet's (2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
@@ -137,12 +171,14 @@ class LinearAttention(nn.Module):
             self.g_proj = nn.Linear(dim, H * D, bias=True)
         self.q_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
         self.k_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
-        if (K := switches.conv_kernel_size) is not None:
+        self.taps = K = switches.conv_kernel_size or 0
+        if K:
             self.q_conv1d = nn.Conv1d(H * D, H * D, K, groups=H * D, bias=False)
             self.k_conv1d = nn.Conv1d(H * D, H * D, K, groups=H * D, bias=False)
             self.v_conv1d = nn.Conv1d(H * D, H * D, K, groups=H * D, bias=False)
         if switches.rope:
             self.rope = rope_for(args)
+        self._rotation = rotation_of(self.rope, D) if switches.rope else None
         self.A_log = mx.zeros((H,))
         self.dt_bias = mx.zeros((H,))
 
@@ -169,8 +205,49 @@ class LinearAttention(nn.Module):
             # Else all layers' states are made at the end of a prefill step, and until then each
             # holds the sequences it is made from.
             o = mx.depends(o, [s for s in cache.cache if s is not None])
-        gate = nn.silu(self.g_proj(x)) if "g_proj" in self else None
+        gate = self.g_proj(x) if "g_proj" in self else None
         return o, gate
+
+    def step_backend(self, x, cache) -> str:
+        """What runs :meth:`step` on the next tokens; ``"ops"`` where nothing does."""
+        rotates = "rope" not in self or self._rotation is not None
+        if cache is None or cache.lengths is not None or not rotates:
+            return "ops"
+        return step_backend(x.dtype, x.shape[1], self.head_dim, self.taps)
+
+    @property
+    def projections(self) -> list[nn.Module]:
+        gate = [self.g_proj] if "g_proj" in self else []
+        return [self.q_proj, self.k_proj, self.v_proj, *gate, self.a_proj, self.b_proj]
+
+    def step(self, projected, mask, cache, offset, **others) -> mx.array:
+        """What :func:`gated_delta_step` makes of the projections of a few tokens."""
+        convolution = None
+        if self.taps:
+            convolution = self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight
+        weights = Weights(
+            self.q_norm.weight,
+            self.k_norm.weight,
+            self.A_log,
+            self.dt_bias,
+            self.q_norm.eps,
+            convolution,
+        )
+        o, state, past = gated_delta_step(
+            projected,
+            weights,
+            state=cache[RECURRENT],
+            past=cache[CONV] if self.taps else None,
+            offset=offset,
+            mask=mask,
+            rotation=self._rotation,
+            **others,
+        )
+        cache[RECURRENT] = state
+        if self.taps:
+            cache[CONV] = past
+        cache.advance(projected.shape[1])
+        return o
 
     def _rotate(self, x, offset):
         return self.rope(x.transpose(0, 2, 1, 3), offset=offset).transpose(0, 2, 1, 3)
@@ -222,27 +299,63 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(
             args.num_attention_heads * args.head_dim, args.hidden_size, bias=False
         )
+        self._side_by_side = SideBySide()
 
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         return self.o_proj(self.fused_heads(x, full_mask, linear_mask, cache, offset))
 
+    def step_backend(self, x, cache) -> str:
+        """What runs the fused step on the next tokens; ``"ops"`` where each part runs by itself."""
+        return self.linear.step_backend(x, linear_part(cache)) if "linear" in self else "ops"
+
     def fused_heads(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first."""
+        if (backend := self.step_backend(x, cache)) != "ops":
+            return self._step(x, full_mask, linear_mask, cache, offset, backend)
         outputs = []
         if "full" in self:
             o, gate = self.full(x, full_mask, full_part(cache), offset)
-            outputs.append(self._fuse(o, gate, slice(None, self.n_full), self.full_eps))
+            full = slice(None, self.n_full)
+            outputs.append(self._fuse(o, gate, full, self.full_eps, "sigmoid"))
         if "linear" in self:
             o, gate = self.linear(x, linear_mask, linear_part(cache), offset)
-            outputs.append(self._fuse(o, gate, slice(self.n_full, None), self.linear_eps))
+            linear = slice(self.n_full, None)
+            outputs.append(self._fuse(o, gate, linear, self.linear_eps, "silu"))
         o = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
         return o.astype(x.dtype)
 
-    def _fuse(self, o, gate, heads, eps):
+    def _fuse(self, o, gate, heads, eps, activation):
         if "fusion" in self:
-            return fuse_heads(o, self.fusion.gamma[heads], gate, eps=eps)
+            gamma = self.fusion.gamma[heads]
+            return fuse_heads(o, gamma, gate, eps=eps, activation=activation)
         o = o.flatten(2)
-        return o if gate is None else o * gate
+        return o if gate is None else o * mx.sigmoid(gate)
+
+    def _step(self, x, full_mask, linear_mask, cache, offset, backend):
+        """A few tokens: one product for all projections, and one kernel for what follows."""
+        of_full_heads = {}
+        if "full" not in self:
+            projected = self._side_by_side(x, self.linear.projections)
+        else:
+            projected = self._side_by_side(x, self.full.projections + self.linear.projections)
+            *parts, _ = mx.split(projected, self.full.ends, axis=-1)
+            o, gate = self.full(x, full_mask, full_part(cache), offset, parts)
+            of_full_heads = {
+                "first": self.full.ends[-1],
+                "full": o,
+                "full_gate": None if gate is None else self.full.ends[-2],
+                "full_eps": self.full_eps,
+            }
+        return self.linear.step(
+            projected,
+            linear_mask,
+            linear_part(cache),
+            offset,
+            gamma=self.fusion.gamma,
+            eps=self.linear_eps,
+            backend=backend,
+            **of_full_heads,
+        )
 
 
 class TransformerBlock(nn.Module):
@@ -252,10 +365,15 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(args.hidden_size, args.intermediate_size)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._side_by_side = SideBySide()
 
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), full_mask, linear_mask, cache, offset)
-        return h + self.mlp(self.post_attention_layernorm(h))
+        mlp, x = self.mlp, self.post_attention_layernorm(h)
+        if self.self_attn.step_backend(x, cache) == "ops":
+            return h + mlp(x)
+        both = self._side_by_side(x, [mlp.gate_proj, mlp.up_proj])
+        return h + mlp.down_proj(swiglu(*mx.split(both, 2, axis=-1)))
 
 
 class HydraHeadModel(nn.Module):

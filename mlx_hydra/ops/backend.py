@@ -2,8 +2,13 @@
 
 import os
 
+from .. import kernels
+
 BACKENDS = ("auto", "ops", "metal", "cuda")
 ENVIRONMENT_VARIABLE = "MLX_HYDRA_BACKEND"
+
+# The backends whose kernels have passed their tests on a real GPU: "auto" takes no others.
+PROVEN: tuple[str, ...] = ()
 
 
 def resolve_backend(backend: str = "auto", supported: tuple[str, ...] = ("ops",)) -> str:
@@ -11,25 +16,45 @@ def resolve_backend(backend: str = "auto", supported: tuple[str, ...] = ("ops",)
 
     Args:
         backend: what the caller asked for. ``"auto"`` defers to the environment variable
-            ``MLX_HYDRA_BACKEND`` where it is set, and else takes the fastest of ``supported``.
-        supported: the implementations the operation has for this call, fastest first.
+            ``MLX_HYDRA_BACKEND`` where it is set: ``"ops"``, or the kernels of this machine's GPU
+            for every call that they support. Else it takes the fastest of ``supported`` that has
+            been proven on a GPU.
+        supported: the implementations the operation has for this call, ``"ops"`` among them, the
+            fastest first.
 
     Returns:
         One of ``supported``.
 
     Raises:
-        ValueError: the name is unknown, or the operation has no such implementation.
+        ValueError: the name is unknown, the operation has no such implementation, or the
+            variable names a GPU that is not here.
     """
-    source = "backend"
     if backend == "auto":
-        source, backend = ENVIRONMENT_VARIABLE, os.environ.get(ENVIRONMENT_VARIABLE, "auto")
-    if backend not in BACKENDS:
-        raise ValueError(f"{source}={backend!r}: expected one of {', '.join(BACKENDS)}.")
-    if backend == "auto":
-        return supported[0]
+        return _automatic(supported)
+    _check_name("backend", backend)
     if backend not in supported:
         raise ValueError(
-            f"{source}={backend!r}: this call runs on {' or '.join(supported)} only; "
+            f"backend={backend!r}: this call runs on {' or '.join(supported)} only; "
             f"use {supported[0]!r} or 'auto'."
         )
     return backend
+
+
+def _automatic(supported):
+    wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
+    _check_name(ENVIRONMENT_VARIABLE, wanted)
+    if wanted == "auto":
+        return next(name for name in supported if name == "ops" or name in PROVEN)
+    if wanted in supported:
+        return wanted
+    if wanted != kernels.gpu_backend():
+        raise ValueError(
+            f"{ENVIRONMENT_VARIABLE}={wanted!r}: this machine has no such GPU that MLX uses; "
+            "use 'ops' or 'auto'."
+        )
+    return "ops"
+
+
+def _check_name(source, name):
+    if name not in BACKENDS:
+        raise ValueError(f"{source}={name!r}: expected one of {', '.join(BACKENDS)}.")

@@ -10,12 +10,29 @@ from typing import Optional
 
 import mlx.core as mx
 
+from .. import kernels
 from .backend import resolve_backend
-
-CHUNK = 64
+from .gated_delta_vjp import CHUNK, gated_delta_vjp, supports
 
 # exp(log(g)) of a decay that underflowed to zero: the smallest float32 that is not denormal.
 _SMALLEST_DECAY = 1.2e-38
+
+# The side of the kernels' tiles, and their tokens at a time; see metal/gated_delta_chunk.metal.
+_TILE = 16
+
+_HEADERS = ("tile.h", "gated_delta.h")
+_PREPARE = kernels.Kernel(
+    "gated_delta_prepare",
+    ("q", "k", "g", "beta", "mask"),
+    ("inverse", "scores", "decays"),
+    _HEADERS,
+)
+_CHUNK = kernels.Kernel(
+    "gated_delta_chunk",
+    ("q", "k", "v", "mask", "state", "inverse", "scores", "decays"),
+    ("y", "new_state", "checkpoints"),
+    _HEADERS,
+)
 
 
 def gated_delta(
@@ -39,7 +56,10 @@ def gated_delta(
         state: float32 ``[B, H, Dv, Dk]``; zeros where it is None.
         mask: bool ``[B, T]``. A token whose entry is False leaves the state as it was and yields
             zeros, whatever its q, k and v hold.
-        backend: ``"auto"`` or ``"ops"``: the chunked form, one step at a time for T = 1.
+        backend: ``"ops"`` is the chunked form, one step at a time for T = 1. ``"metal"`` and
+            ``"cuda"`` are two kernels, for q, k and v of one dtype (float32, float16 or bfloat16)
+            and Dk and Dv multiples of 16 up to 256; they take g and beta as float32, and keep the
+            state's digits whatever the dtype. ``"auto"`` runs them where they can run.
 
     Returns:
         ``y [B, T, H, Dv]`` in v's dtype and the new state, float32 ``[B, H, Dv, Dk]``. Splitting
@@ -49,13 +69,84 @@ def gated_delta(
         ValueError: shapes that do not fit together, or a backend that is not there.
     """
     _check_shapes(q, k, v, g, beta, state, mask)
-    resolve_backend(backend, ("ops",))
+    backend = resolve_backend(backend, _supported(q, k, v))
     if state is None:
         B, _, H, Dk = q.shape
         state = mx.zeros((B, H, v.shape[-1], Dk), mx.float32)
+    if backend != "ops":
+        g, beta, state = (x.astype(mx.float32) for x in (g, beta, state))
+        return _differentiable(backend, mask)(q, k, v, g, beta, state)
     form = naive if q.shape[1] == 1 else chunked
     y, state = form(*(x.astype(mx.float32) for x in (q, k, v, g, beta, state)), mask)
     return y.astype(v.dtype), state
+
+
+def _supported(q, k, v):
+    gpu = kernels.gpu_backend()
+    fits = gpu is not None and q.dtype == k.dtype and supports(q, v)
+    return (gpu, "ops") if fits else ("ops",)
+
+
+def _differentiable(backend, mask):
+    @mx.custom_function
+    def forward(*primals):
+        return gated_delta_kernels(backend, *primals, mask)[:2]
+
+    @forward.vjp
+    def backward(primals, cotangents, _):
+        # The forward pass saves nothing: whether a gradient will be asked for it cannot know.
+        checkpoints = gated_delta_kernels(backend, *primals, mask, save=True)[2]
+        return gated_delta_vjp(backend, *primals, mask, checkpoints, *cotangents)
+
+    return forward
+
+
+def gated_delta_kernels(backend, q, k, v, g, beta, state, mask, *, save=False, rows=None):
+    """The forward kernels, without a gradient. Between them lie 136 bytes a head and token.
+
+    Args:
+        save: whether to write the state before each ``CHUNK`` tokens.
+        rows: of the state, in one threadgroup: a multiple of 16 that divides Dv.
+
+    Returns:
+        y, the new state, and float32 checkpoints ``[B, H, ceil(T / CHUNK), Dv, Dk]`` or nothing
+        of use.
+    """
+    B, T, H, Dk = q.shape
+    Dv = v.shape[-1]
+    q, k, g, beta, state = map(mx.contiguous, (q, k, g, beta, state))
+    # No kernel reads a mask that it is not told of.
+    masked = mask is not None
+    mask = mx.contiguous(mask) if masked else g
+    rows = rows or _rows(Dk, Dv, q.dtype)
+    chunks, segments = -(-T // _TILE), -(-T // CHUNK)
+    prepared = _PREPARE(
+        backend,
+        [q, k, g, beta, mask],
+        template=[("T", q.dtype), ("Dk", Dk), ("masked", masked)],
+        groups=(chunks, H, B),
+        threads=(32, 1, 1),
+        output_shapes=[(B, H, chunks, n) for n in (_TILE**2, _TILE**2, 2 * _TILE)],
+        output_dtypes=[mx.float32] * 3,
+    )
+    template = {"Dk": Dk, "Dv": Dv, "slice": rows, "masked": masked, "save": save}
+    return _CHUNK(
+        backend,
+        [q, k, v, mask, state, *prepared],
+        template=[("T", q.dtype), *template.items()],
+        groups=(Dv // rows, H, B),
+        threads=(2 * rows, 1, 1),
+        output_shapes=[v.shape, state.shape, (B, H, segments, Dv, Dk) if save else (1,)],
+        output_dtypes=[v.dtype, mx.float32, mx.float32],
+    )
+
+
+def _rows(Dk, Dv, dtype):
+    """Rows of the state in a threadgroup: more of them share the reads of q and k, and more
+    threadgroups fill a GPU. Wide keys need many threads to hold the next chunk's in registers.
+    """
+    most = 128 if Dk * dtype.size > 512 else 64
+    return max(n for n in range(_TILE, most + 1, _TILE) if Dv % n == 0)
 
 
 def naive(q, k, v, g, beta, state, mask=None):

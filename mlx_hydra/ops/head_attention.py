@@ -1,20 +1,61 @@
 """Causal softmax attention of a few heads over a compact KV cache."""
 
+import functools
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import mlx.core as mx
 
+from .. import kernels
 from .backend import resolve_backend
 
 KeysOrValues = Union[mx.array, tuple[mx.array, mx.array, mx.array]]
 
-# The head sizes that MLX's fused kernels take.
+# The head sizes that MLX's fused kernels take, and the queries of all heads from which on they
+# have work for the whole machine: unlike ours they do not split keys among threadgroups.
 FUSED_HEAD_DIMS = (64, 80, 128)
+FUSED_QUERIES = {"metal": 2048, "cuda": 16384}
 
 # The scores of one block of queries stay below this where MLX would hold them in memory.
 SCORE_BYTES = 64 << 20
+
+# The head sizes that our kernels take, and those among them of the kernel for few queries.
+HEAD_DIMS = (32, 64, 80, 96, 128, 256)
+DECODE_HEAD_DIMS = (32, 64, 128, 256)
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+
+# Queries of one KV head, a head and a token each, up to which the kernel for few queries runs, and
+# how many a threadgroup of it takes at most.
+DECODE_QUERIES = 8
+DECODE_ROWS = 4
+
+# (elements of a key that a lane reads, keys that it reads before it works on them) by the bits.
+DECODE_READS = {None: (16, 2), 8: (16, 2), 4: (16, 2)}
+
+# Tiles of plain keys that the kernel for many queries holds, where they fit; more than one pays
+# where the machine copies on its own.
+BUFFERS = {"metal": 1, "cuda": 2}
+
+# Keys are split among threadgroups: not below the first number of keys a threadgroup, nor above
+# the second number of threadgroups.
+DECODE_SPLIT = (256, 4096)
+PREFILL_SPLIT = (512, 512)
+
+_INPUTS = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases", "mask", "params", "scale")
+_DECODE = kernels.Kernel(
+    "head_attention_decode",
+    _INPUTS,
+    ("o", "stats"),
+    ("keys_values.h", "head_attention_decode.h"),
+)
+_PREFILL = kernels.Kernel(
+    "head_attention_prefill",
+    _INPUTS,
+    ("o", "stats"),
+    ("tile.h", "keys_values.h", "head_attention_prefill.h"),
+)
+_MERGE = kernels.Kernel("head_attention_merge", ("sums", "stats"), ("o",), ("keys_values.h",))
 
 
 def head_attention(
@@ -43,9 +84,18 @@ def head_attention(
         offset: query t sees the keys 0 .. offset + t.
         mask: bool ``[B, 1, T, S]``, in place of the causal rule (batches with padding).
         group_size, bits: how k and v are quantised; None for plain arrays.
-        backend: ``"auto"`` or ``"ops"``: ``mx.fast.scaled_dot_product_attention``, a call for all
-            heads where the groups are of one size and in order, else a call a KV head; in blocks
-            of queries where the fused kernel of MLX does not apply and its scores would not fit.
+        backend: ``"metal"`` and ``"cuda"`` are our kernels, for head sizes of 32, 64, 80, 96, 128
+            and 256, float32, float16 or bfloat16 throughout, 4 or 8 bits: one for few queries a KV
+            head and one for many, both over parts of the keys that a third brings together where
+            there is work for too few threadgroups else. Keys are read in place, once for all
+            heads that share them, and unpacked tile by tile. Gradients (of q alone where k and v
+            are quantised) are those of ``"ops"``, in blocks of queries. ``"ops"`` is
+            ``mx.fast.scaled_dot_product_attention``, a call for all heads where the groups are of
+            one size and in order, else a call a KV head; in blocks of queries where the fused
+            kernel of MLX does not apply and its scores would not fit. ``"auto"`` takes our
+            kernels on a GPU, but ``"ops"`` where MLX's fused kernel is as fast: thousands of
+            queries over all heads, groups of one size in order, plain 16-bit keys, head sizes of
+            64, 80 and 128.
 
     Returns:
         ``[B, Hf, T, D]`` in q's dtype.
@@ -53,7 +103,6 @@ def head_attention(
     Raises:
         ValueError: shapes that do not fit together, an index out of range, a missing backend.
     """
-    resolve_backend(backend, ("ops",))
     index = kv_index.tolist() if isinstance(kv_index, mx.array) else list(kv_index)
     Hk, S = (k if bits is None else k[0]).shape[1:3]
     T = q.shape[2]
@@ -68,6 +117,195 @@ def head_attention(
     if offset + T > S:
         raise ValueError(f"head_attention: {S} keys for {T} queries at offset {offset}.")
 
+    call = _Call(tuple(index), scale, offset, mask, group_size, bits)
+    chosen = resolve_backend(backend, _supported(q, k, v, call))
+    if chosen == "ops":
+        return _by_ops(q, k, v, call)
+    return _by_kernels(q, k, v, call, chosen)
+
+
+class _Call(NamedTuple):
+    """What head_attention is asked for, beside its differentiable inputs."""
+
+    index: tuple[int, ...]
+    scale: float
+    offset: int
+    mask: Optional[mx.array]
+    group_size: Optional[int]
+    bits: Optional[int]
+
+
+def _supported(q, k, v, call):
+    gpu = kernels.gpu_backend()
+    B, Hf, T, D = q.shape
+    dtype = q.dtype
+    keys, values = (k, v) if call.bits is None else (k[0], v[0])
+    parts = (k, v) if call.bits is None else (*k[1:], *v[1:])
+    mask = call.mask
+    if (
+        gpu is None
+        or D not in HEAD_DIMS
+        or dtype not in DTYPES
+        or any(part.dtype != dtype for part in parts)
+        or keys.shape != values.shape
+        # Metal passes fewer in another address space.
+        or keys.size < 8
+        or call.bits not in (None, 4, 8)
+        or (mask is not None and (mask.dtype != mx.bool_ or mask.ndim != 4 or mask.shape[1] != 1))
+    ):
+        return ("ops",)
+    fused = call.bits is None and dtype != mx.float32 and D in FUSED_HEAD_DIMS
+    many = T > DECODE_QUERIES and B * Hf * T >= FUSED_QUERIES[gpu]
+    if fused and many and _is_uniform(call.index, keys.shape[1]):
+        return ("ops", gpu)
+    return (gpu, "ops")
+
+
+def _is_uniform(index, Hk):
+    repeats, remainder = divmod(len(index), Hk)
+    return not remainder and list(index) == [i for i in range(Hk) for _ in range(repeats)]
+
+
+def _by_kernels(q, k, v, call, backend):
+    """Our kernels, with the gradients of the plain form."""
+    if call.bits is not None:
+
+        @mx.custom_function
+        def attend(q):
+            return _run(q, k, v, call, backend)
+
+        @attend.vjp
+        def attend_vjp(q, cotangent, _):
+            return _gradients(q, k, v, cotangent, call)[0]
+
+        return attend(q)
+
+    @mx.custom_function
+    def attend(q, k, v):
+        return _run(q, k, v, call, backend)
+
+    @attend.vjp
+    def attend_vjp(primals, cotangent, _):
+        return _gradients(*primals, cotangent, call)
+
+    return attend(q, k, v)
+
+
+def _run(q, k, v, call, backend):
+    B, Hf, T, D = q.shape
+    S = (k if call.bits is None else k[0]).shape[2]
+    heads, largest = _heads_by_group(call.index)
+    n = heads[0]
+    queries = largest * T
+    total = call.offset + T if call.mask is None else S
+    size = q.dtype.size
+
+    if queries <= DECODE_QUERIES and D in DECODE_HEAD_DIMS:
+        kernel = _DECODE
+        rows = next(r for r in (1, 2, DECODE_ROWS) if r >= min(queries, DECODE_ROWS))
+        elements, at_once = DECODE_READS[call.bits]
+        elements = elements if rows <= 2 else 8
+        template = [("ROWS", rows), ("E", elements), ("AT_ONCE", at_once)]
+        threads, split = 128, DECODE_SPLIT
+    else:
+        kernel = _PREFILL
+        simdgroups = next(s for s in (1, 2, 4) if 16 * s >= min(queries, 64))
+        tile = 32 if D * size <= (256 if backend == "cuda" else 128) else 16
+        rows = 16 * simdgroups
+        buffers = BUFFERS[backend] if call.bits is None and D * size < 1024 else 1
+        template = [("SIMDGROUPS", simdgroups), ("KEYS", tile), ("BUFFERS", buffers)]
+        threads, split = 32 * simdgroups * (2 if D > 128 else 1), PREFILL_SPLIT
+    blocks = -(-queries // rows)
+    splits = max(1, min(-(-total // split[0]), split[1] // (B * n * blocks)))
+    keys = -(-total // splits)
+    splits = -(-total // keys)
+
+    k, k_scales, k_biases = (k, q, q) if call.bits is None else k
+    v, v_scales, v_biases = (v, q, q) if call.bits is None else v
+    mask = q if call.mask is None else mx.broadcast_to(call.mask, (B, 1, T, S))
+    params = mx.array([call.offset, keys, splits, blocks, *heads], mx.int32)
+    whole = splits == 1
+    shape = (B, Hf, T, D) if whole else (B, Hf, T, splits, D)
+    out = q.dtype if whole else mx.float32
+    template += [("T", q.dtype), ("Out", out), ("D", D)]
+    template += [("BITS", call.bits or 0), ("GROUP", call.group_size or D)]
+    template += [("MASKED", call.mask is not None), ("WHOLE", whole)]
+    o, stats = kernel(
+        backend,
+        [q, k, k_scales, k_biases, v, v_scales, v_biases, mask, params, _scalar(call.scale)],
+        template=template,
+        groups=(splits * blocks, n, B),
+        threads=(threads, 1, 1),
+        output_shapes=[shape, (1,) if whole else (B, Hf, T, splits, 2)],
+        output_dtypes=[out, mx.float32],
+    )
+    if whole:
+        return o
+    (o,) = _MERGE(
+        backend,
+        [o, stats],
+        template=[("T", q.dtype)],
+        groups=(-(-D // 32), B * Hf * T, 1),
+        threads=(256, 1, 1),
+        output_shapes=[(B, Hf, T, D)],
+        output_dtypes=[q.dtype],
+    )
+    return o
+
+
+@functools.lru_cache(maxsize=256)
+def _heads_by_group(index):
+    """(n, the n KV heads read, n + 1 bounds, query heads by KV head), and the largest group."""
+    groups = [[h for h, i in enumerate(index) if i == kv_head] for kv_head in sorted(set(index))]
+    bounds = [0]
+    for group in groups:
+        bounds.append(bounds[-1] + len(group))
+    heads = [h for group in groups for h in group]
+    return (len(groups), *sorted(set(index)), *bounds, *heads), max(map(len, groups))
+
+
+@functools.lru_cache(maxsize=16)
+def _scalar(x):
+    return mx.array([x], mx.float32)
+
+
+def _gradients(q, k, v, cotangent, call):
+    """Gradients of the plain form, a block of queries after the other."""
+    B, H, T, _ = q.shape
+    plain = call.bits is None
+    rows = max(16, SCORE_BYTES // (4 * B * H * (call.offset + T)))
+    dq, sums = [], []
+    if plain:
+        sums = [mx.zeros(x.shape, mx.float32) for x in (k, v)]
+    for start in reversed(range(0, T, rows)):
+        stop = min(start + rows, T)
+        part = call._replace(
+            offset=call.offset + start,
+            mask=None if call.mask is None else call.mask[:, :, start:stop],
+        )
+        seen = call.offset + stop if call.mask is None else (k if plain else k[0]).shape[2]
+        block, given = q[:, :, start:stop], cotangent[:, :, start:stop]
+        if dq:
+            # One after the other: each holds scores of its own.
+            block = mx.depends(block, [dq[0], *sums])
+        if plain:
+            _, found = mx.vjp(
+                lambda q, k, v, part=part: _by_ops(q, k, v, part),
+                [block, _keys(k, seen), _keys(v, seen)],
+                [given],
+            )
+        else:
+            _, found = mx.vjp(lambda q, part=part: _by_ops(q, k, v, part), [block], [given])
+        dq.insert(0, found[0])
+        for total, x in zip(sums, found[1:]):
+            total[:, :, :seen] = total[:, :, :seen] + x
+    return mx.concatenate(dq, axis=2), *(x.astype(q.dtype) for x in sums)
+
+
+def _by_ops(q, k, v, call):
+    index, scale, offset, mask, group_size, bits = call
+    T = q.shape[2]
+    Hk, S = (k if bits is None else k[0]).shape[1:3]
     end = offset + T
     if mask is None and end < S:
         k, v = _keys(k, end), _keys(v, end)
@@ -95,8 +333,7 @@ def head_attention(
             blocks.append(attend(block, _keys(k, seen), _keys(v, seen), part))
         return mx.concatenate(blocks[len(before) :], axis=2)
 
-    repeats, remainder = divmod(len(index), Hk)
-    if not remainder and index == [i for i in range(Hk) for _ in range(repeats)]:
+    if _is_uniform(index, Hk):
         return attend_in_blocks(q, k, v)
     outputs, start = [], 0
     for kv_head, run in groupby(index):

@@ -1,0 +1,349 @@
+// Lets a kernel body written for Metal compile as CUDA, for mx.fast.cuda_kernel (NVRTC).
+//
+// A SIMD-group is a warp, a threadgroup a block. kernels.py turns `threadgroup T name[...]` into
+// `__shared__ T name[...]` and drops the address spaces elsewhere.
+#define MLX_HYDRA_CUDA 1
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define METAL_FUNC __device__ __forceinline__
+
+using uint = unsigned int;
+using ushort = unsigned short;
+using bfloat = __nv_bfloat16;
+using bfloat16_t = __nv_bfloat16;
+using float16_t = __half;
+
+#define threadgroup_position_in_grid blockIdx
+#define threadgroups_per_grid gridDim
+#define thread_position_in_threadgroup threadIdx
+#define threads_per_threadgroup blockDim
+#define thread_index_in_threadgroup \
+  ((threadIdx.z * blockDim.y + threadIdx.y) * blockDim.x + threadIdx.x)
+#define thread_index_in_simdgroup (thread_index_in_threadgroup % 32)
+#define simdgroup_index_in_threadgroup (thread_index_in_threadgroup / 32)
+#define thread_position_in_grid                  \
+  make_uint3(                                    \
+      blockIdx.x * blockDim.x + threadIdx.x,     \
+      blockIdx.y * blockDim.y + threadIdx.y,     \
+      blockIdx.z * blockDim.z + threadIdx.z)
+
+enum class mem_flags { mem_none, mem_device, mem_threadgroup };
+
+METAL_FUNC mem_flags operator|(mem_flags a, mem_flags b) {
+  return b;
+}
+
+METAL_FUNC void threadgroup_barrier(mem_flags) {
+  __syncthreads();
+}
+
+METAL_FUNC void simdgroup_barrier(mem_flags) {
+  __syncwarp();
+}
+
+constexpr unsigned int ALL_LANES = 0xffffffff;
+
+template <typename T>
+METAL_FUNC T simd_shuffle(T x, ushort lane) {
+  return __shfl_sync(ALL_LANES, x, lane);
+}
+
+template <typename T>
+METAL_FUNC T simd_broadcast(T x, ushort lane) {
+  return __shfl_sync(ALL_LANES, x, lane);
+}
+
+template <typename T>
+METAL_FUNC T simd_shuffle_xor(T x, ushort mask) {
+  return __shfl_xor_sync(ALL_LANES, x, mask);
+}
+
+template <typename T>
+METAL_FUNC T simd_shuffle_up(T x, ushort delta) {
+  return __shfl_up_sync(ALL_LANES, x, delta);
+}
+
+template <typename T>
+METAL_FUNC T simd_shuffle_down(T x, ushort delta) {
+  return __shfl_down_sync(ALL_LANES, x, delta);
+}
+
+template <typename T>
+METAL_FUNC T simd_sum(T x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    x += __shfl_xor_sync(ALL_LANES, x, mask);
+  }
+  return x;
+}
+
+template <typename T>
+METAL_FUNC T simd_max(T x) {
+  for (int mask = 16; mask > 0; mask /= 2) {
+    T other = __shfl_xor_sync(ALL_LANES, x, mask);
+    x = other > x ? other : x;
+  }
+  return x;
+}
+
+template <typename T>
+METAL_FUNC T simd_prefix_inclusive_sum(T x) {
+  for (int delta = 1; delta < 32; delta *= 2) {
+    T before = __shfl_up_sync(ALL_LANES, x, delta);
+    x += thread_index_in_simdgroup >= delta ? before : T(0);
+  }
+  return x;
+}
+
+namespace metal {
+
+// clang-format off
+METAL_FUNC float exp(float x) { return ::expf(x); }
+METAL_FUNC float exp2(float x) { return ::exp2f(x); }
+METAL_FUNC float log(float x) { return ::logf(x); }
+METAL_FUNC float log2(float x) { return ::log2f(x); }
+METAL_FUNC float sqrt(float x) { return ::sqrtf(x); }
+METAL_FUNC float rsqrt(float x) { return ::rsqrtf(x); }
+METAL_FUNC float sin(float x) { return ::sinf(x); }
+METAL_FUNC float cos(float x) { return ::cosf(x); }
+METAL_FUNC float abs(float x) { return ::fabsf(x); }
+METAL_FUNC float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
+template <typename T> METAL_FUNC T max(T a, T b) { return a > b ? a : b; }
+template <typename T> METAL_FUNC T min(T a, T b) { return a < b ? a : b; }
+template <typename T> METAL_FUNC T clamp(T x, T low, T high) { return min(max(x, low), high); }
+// clang-format on
+
+namespace precise {
+using metal::cos;
+using metal::exp;
+using metal::log;
+using metal::rsqrt;
+using metal::sin;
+using metal::sqrt;
+} // namespace precise
+
+namespace fast {
+METAL_FUNC float exp(float x) {
+  return __expf(x);
+}
+METAL_FUNC float exp2(float x) {
+  return ::exp2f(x);
+}
+METAL_FUNC float log(float x) {
+  return __logf(x);
+}
+} // namespace fast
+
+} // namespace metal
+
+// Tiles, in the layout of mma.sync: m16n8k16 for half and bfloat, and for float m16n8k8 in TF32,
+// three products each, which keeps float's digits. See tile.h for what these functions mean.
+
+template <typename T>
+struct tile {
+  T e[8];
+};
+
+template <typename T>
+struct right_tile {
+  T e[8];
+};
+
+METAL_FUNC short tile_row(short lane, short i) {
+  return lane / 4 + 8 * ((i >> 1) & 1);
+}
+
+METAL_FUNC short tile_col(short lane, short i) {
+  return 2 * (lane % 4) + (i & 1) + 8 * (i >> 2);
+}
+
+METAL_FUNC short right_row(short lane, short i) {
+  return 2 * (lane % 4) + (i & 1) + 8 * ((i >> 1) & 1);
+}
+
+METAL_FUNC short right_col(short lane, short i) {
+  return lane / 4 + 8 * (i >> 2);
+}
+
+METAL_FUNC float row_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+  return fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+}
+
+METAL_FUNC float row_sum(float x) {
+  x += __shfl_xor_sync(ALL_LANES, x, 1);
+  return x + __shfl_xor_sync(ALL_LANES, x, 2);
+}
+
+METAL_FUNC void mma_16(float* c, const unsigned int* a, const unsigned int* b, __half) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+METAL_FUNC void mma_16(float* c, const unsigned int* a, const unsigned int* b, __nv_bfloat16) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+METAL_FUNC void mma_tf32(float* c, const unsigned int* a, const unsigned int* b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 "
+      "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Cut, not rounded: two instructions, and what is cut off a number is the second term's to keep.
+METAL_FUNC unsigned int to_tf32(float x) {
+  return __float_as_uint(x) & 0xffffe000u;
+}
+
+template <typename T>
+METAL_FUNC unsigned int pair_bits(T x, T y) {
+  T both[2] = {x, y};
+  return *reinterpret_cast<unsigned int*>(both);
+}
+
+template <typename T>
+METAL_FUNC void multiply_add(tile<float>& c, const tile<T>& a, const right_tile<T>& b) {
+  unsigned int left[4], right[4];
+  for (int p = 0; p < 4; p++) {
+    left[p] = pair_bits(a.e[2 * p], a.e[2 * p + 1]);
+    right[p] = pair_bits(b.e[2 * p], b.e[2 * p + 1]);
+  }
+  mma_16(c.e, left, right, T());
+  mma_16(c.e + 4, left, right + 2, T());
+}
+
+// A pair of columns is dealt to places t and t + 4 of the instruction's eight, of both operands
+// alike, so that elements stay where the 16-bit layout has them.
+METAL_FUNC void multiply_add(
+    tile<float>& c, const tile<float>& a, const right_tile<float>& b) {
+  unsigned int left[8], left_rest[8], right[8], right_rest[8];
+  for (int i = 0; i < 8; i++) {
+    left[i] = to_tf32(a.e[i]);
+    left_rest[i] = to_tf32(a.e[i] - __uint_as_float(left[i]));
+    right[i] = to_tf32(b.e[i]);
+    right_rest[i] = to_tf32(b.e[i] - __uint_as_float(right[i]));
+  }
+  for (int step = 0; step < 2; step++) {
+    const int s = 4 * step;
+    const unsigned int A[4] = {left[s], left[s + 2], left[s + 1], left[s + 3]};
+    const unsigned int A_rest[4] = {
+        left_rest[s], left_rest[s + 2], left_rest[s + 1], left_rest[s + 3]};
+    for (int n = 0; n < 2; n++) {
+      const int j = 4 * n + 2 * step;
+      mma_tf32(c.e + 4 * n, A_rest, right + j);
+      mma_tf32(c.e + 4 * n, A, right_rest + j);
+      mma_tf32(c.e + 4 * n, A, right + j);
+    }
+  }
+}
+
+// tile.h's loads of threadgroup memory where rows start at multiples of 16 bytes, by ldmatrix.
+
+METAL_FUNC void ldmatrix(unsigned int* r, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((unsigned int)__cvta_generic_to_shared(row))
+               : "memory");
+}
+
+METAL_FUNC void ldmatrix_transposed(unsigned int* r, const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"((unsigned int)__cvta_generic_to_shared(row))
+               : "memory");
+}
+
+template <typename T>
+METAL_FUNC void split_pairs(T* e, const unsigned int* r) {
+  memcpy(e, r, 4 * sizeof(unsigned int));
+}
+
+template <typename T>
+METAL_FUNC void right_tile_by_ldmatrix(
+    right_tile<T>& t, const T* source, int stride, short lane) {
+  unsigned int r[4];
+  ldmatrix_transposed(r, source + (lane & 15) * stride + 8 * (lane >> 4));
+  split_pairs(t.e, r);
+}
+
+template <typename T>
+METAL_FUNC void transposed_right_tile_by_ldmatrix(
+    right_tile<T>& t, const T* source, int stride, short lane) {
+  unsigned int r[4];
+  ldmatrix(r, source + ((lane & 7) + 8 * (lane >> 4)) * stride + (lane & 8));
+  split_pairs(t.e, r);
+}
+
+// Pieces of 16 bytes in device memory, for pointers that are multiples of 16 bytes.
+
+template <typename T>
+METAL_FUNC bool starts_at_multiple_of(int bytes, const T* p) {
+  return reinterpret_cast<unsigned long long>(p) % bytes == 0;
+}
+
+template <int BYTES>
+struct device_piece;
+
+template <>
+struct device_piece<16> {
+  using type = uint4;
+};
+
+template <>
+struct device_piece<8> {
+  using type = uint2;
+};
+
+template <>
+struct device_piece<4> {
+  using type = unsigned int;
+};
+
+template <int N, typename T>
+METAL_FUNC void read_run(const T* source, T* e) {
+  using Piece = typename device_piece<N * sizeof(T)>::type;
+  const Piece piece = *reinterpret_cast<const Piece*>(source);
+  memcpy(e, &piece, sizeof(Piece));
+}
+
+template <int N, typename T>
+METAL_FUNC void write_run(T* target, const T* e) {
+  constexpr int AT_ONCE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+  using Piece = typename device_piece<AT_ONCE * sizeof(T)>::type;
+  for (int i = 0; i < N; i += AT_ONCE) {
+    Piece piece;
+    memcpy(&piece, e + i, sizeof(Piece));
+    *reinterpret_cast<Piece*>(target + i) = piece;
+  }
+}
+
+// From device to threadgroup memory, 16 bytes, on its way until wait_for_copies.
+template <int N, typename T>
+METAL_FUNC void copy_run(T* target, const T* source) {
+  static_assert(N * sizeof(T) == 16, "what cp.async takes");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;"
+               :
+               : "r"((unsigned int)__cvta_generic_to_shared(target)), "l"(source)
+               : "memory");
+}
+
+METAL_FUNC void wait_for_copies() {
+  asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+// 2^x in one instruction, zero where it is subnormal.
+METAL_FUNC float power_of_two(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}

@@ -1,0 +1,227 @@
+// Softmax attention of many queries, tile by tile, for heads that share KV heads in any grouping.
+//
+// Inputs and outputs are those of head_attention_decode. The queries of all heads that read one KV
+// head are rows, token by token: row = t * heads + head; blocks in params counts tiles of rows.
+// Template: T; D, a multiple of 16 up to 256; SIMDGROUPS of 1, 2, 4; KEYS of 16, 32: keys a tile;
+// BITS of 0 (plain), 4, 8; GROUP; MASKED; WHOLE; BUFFERS of 1, or 2 where the next tile is to be on
+// its way while one is worked on.
+// Grid: splits * blocks, the n KV heads, B threadgroups of 32 * SIMDGROUPS * (D > 128 ? 2 : 1).
+// A SIMD-group has 16 rows, where D > 128 two have them, each with half of the output's columns.
+// The last rows, which see most, come first.
+// Threadgroup memory: 2 * BUFFERS * KEYS * STRIDE elements of T, with one buffer 32 KB at most.
+
+constexpr int PARTS = D > 128 ? 2 : 1;
+constexpr int COLUMNS = D / PARTS;
+constexpr int ROWS = 16 * SIMDGROUPS;
+constexpr int THREADS = 32 * SIMDGROUPS * PARTS;
+// Rows start at multiples of 16 bytes, in different banks where there is room.
+constexpr int STRIDE = D * int(sizeof(T)) < 1024 ? D + 16 / int(sizeof(T)) : D;
+
+alignas(16) threadgroup T key_tiles[BUFFERS * KEYS * STRIDE];
+alignas(16) threadgroup T value_tiles[BUFFERS * KEYS * STRIDE];
+
+const short lane = thread_index_in_simdgroup;
+const int simdgroup = simdgroup_index_in_threadgroup;
+const int first_column = simdgroup % PARTS * COLUMNS;
+const int offset = params[0];
+const int splits = params[2];
+const int blocks = params[3];
+const int n = params[4];
+const int block = blocks - 1 - int(threadgroup_position_in_grid.x) / splits;
+const int split = int(threadgroup_position_in_grid.x) % splits;
+const int group = threadgroup_position_in_grid.y;
+const int batch = threadgroup_position_in_grid.z;
+const int n_heads = q_shape[1];
+const int n_tokens = q_shape[2];
+const int kv_head = params[5 + group];
+const int first_head = params[5 + n + group];
+const int group_size = params[6 + n + group] - first_head;
+const int n_rows = group_size * n_tokens;
+if (block * ROWS >= n_rows) {
+  return;
+}
+
+// A lane has elements of two rows of a tile: those of elements 0 and 2.
+const int simdgroup_row = block * ROWS + simdgroup / PARTS * 16;
+int row[2];
+int last[2];
+long place[2];
+long mask_row[2];
+tile<T> queries[D / 16];
+#pragma unroll
+for (short j = 0; j < 2; j++) {
+  row[j] = simdgroup_row + tile_row(lane, 2 * j);
+  const int inside = metal::min(row[j], n_rows - 1);
+  const int t = inside / group_size;
+  const int head = params[6 + 2 * n + first_head + inside % group_size];
+  last[j] = offset + t;
+  place[j] = (long(batch) * n_heads + head) * n_tokens + t;
+  mask_row[j] = MASKED ? batch * mask_strides[0] + t * mask_strides[2] : 0;
+  const long start = batch * q_strides[0] + head * q_strides[1] + t * q_strides[2];
+#pragma unroll
+  for (short c = 0; c < D / 16; c++) {
+#pragma unroll
+    for (short i = 0; i < 8; i++) {
+      if (((i >> 1) & 1) == j) {
+        queries[c].e[i] = q[start + (c * 16 + tile_col(lane, i)) * q_strides[3]];
+      }
+    }
+  }
+}
+
+const int total = MASKED ? int(k_shape[2]) : offset + n_tokens;
+const int last_row = metal::min(block * ROWS + ROWS, n_rows) - 1;
+const int seen_by_all = MASKED ? -1 : offset + block * ROWS / group_size;
+const int seen_by_any = MASKED ? total - 1 : offset + last_row / group_size;
+const int seen_by_simdgroup = MASKED
+    ? total - 1
+    : offset + metal::min(simdgroup_row + 15, n_rows - 1) / group_size;
+const int begin = split * params[1];
+const int end = metal::min(begin + params[1], seen_by_any + 1);
+const float factor = scale[0] * LOG2_E;
+
+const auto keys = rows_of(
+    k + batch * k_strides[0] + kv_head * k_strides[1],
+    k_scales + (BITS ? batch * k_scales_strides[0] + kv_head * k_scales_strides[1] : 0),
+    k_biases + (BITS ? batch * k_biases_strides[0] + kv_head * k_biases_strides[1] : 0),
+    k_strides[2], k_strides[3], k_scales_strides[2], k_scales_strides[3],
+    k_biases_strides[2], k_biases_strides[3]);
+const auto values = rows_of(
+    v + batch * v_strides[0] + kv_head * v_strides[1],
+    v_scales + (BITS ? batch * v_scales_strides[0] + kv_head * v_scales_strides[1] : 0),
+    v_biases + (BITS ? batch * v_biases_strides[0] + kv_head * v_biases_strides[1] : 0),
+    v_strides[2], v_strides[3], v_scales_strides[2], v_scales_strides[3],
+    v_biases_strides[2], v_biases_strides[3]);
+constexpr int BYTES = BITS != 0 ? BITS : 16;
+const bool wide = lie_side_by_side<BYTES>(keys) && lie_side_by_side<BYTES>(values);
+
+tile<float> output[COLUMNS / 16];
+for (short c = 0; c < COLUMNS / 16; c++) {
+  clear(output[c]);
+}
+float m[2] = {LOWEST, LOWEST};
+float l[2] = {0, 0};
+
+// Step s asks for tile s and works on tile s - BUFFERS + 1.
+const int tiles = end > begin ? (end - begin + KEYS - 1) / KEYS : 0;
+for (int step = 0; step < tiles + BUFFERS - 1; step++) {
+  wait_for_copies();
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  if (step < tiles) {
+    const int asked = begin + step * KEYS;
+    const int place = step % BUFFERS * (KEYS * STRIDE);
+    if (wide) {
+      fill_tiles<T, D, KEYS, STRIDE, THREADS, GROUP, true>(
+          bits_of<BITS>(), key_tiles + place, value_tiles + place, keys, values, asked, end,
+          thread_index_in_threadgroup);
+    } else {
+      fill_tiles<T, D, KEYS, STRIDE, THREADS, GROUP, false>(
+          bits_of<BITS>(), key_tiles + place, value_tiles + place, keys, values, asked, end,
+          thread_index_in_threadgroup);
+    }
+  }
+  if (BUFFERS == 1) {
+    wait_for_copies();
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  const int start = begin + (step - BUFFERS + 1) * KEYS;
+  if (start < begin || start > seen_by_simdgroup) {
+    continue;
+  }
+  const int in_use = (step + BUFFERS - 1) % BUFFERS * (KEYS * STRIDE);
+
+  tile<float> scores[KEYS / 16];
+#pragma unroll
+  for (short b = 0; b < KEYS / 16; b++) {
+    clear(scores[b]);
+#pragma unroll
+    for (short c = 0; c < D / 16; c++) {
+      right_tile<T> right;
+      load_transposed_aligned(
+          right, key_tiles + in_use + b * 16 * STRIDE + c * 16, STRIDE, lane);
+      multiply_add(scores[b], queries[c], right);
+    }
+  }
+
+  const bool all_seen = start + KEYS <= end && start + KEYS - 1 <= seen_by_all;
+  float largest[2] = {m[0], m[1]};
+#pragma unroll
+  for (short b = 0; b < KEYS / 16; b++) {
+#pragma unroll
+    for (short i = 0; i < 8; i++) {
+      const short j = (i >> 1) & 1;
+      float x = scores[b].e[i] * factor;
+      if (!all_seen) {
+        const int key = start + b * 16 + tile_col(lane, i);
+        bool seen = key < end;
+        if (MASKED) {
+          seen = seen && float(mask[mask_row[j] + metal::min(key, end - 1) * mask_strides[3]]) != 0;
+        } else {
+          seen = seen && key <= last[j];
+        }
+        x = seen ? x : HIDDEN;
+      }
+      scores[b].e[i] = x;
+      largest[j] = metal::max(largest[j], x);
+    }
+  }
+  float kept[2];
+#pragma unroll
+  for (short j = 0; j < 2; j++) {
+    largest[j] = row_max(largest[j]);
+    kept[j] = power_of_two(m[j] - largest[j]);
+    m[j] = largest[j];
+    l[j] *= kept[j];
+  }
+#pragma unroll
+  for (short b = 0; b < KEYS / 16; b++) {
+#pragma unroll
+    for (short i = 0; i < 8; i++) {
+      const short j = (i >> 1) & 1;
+      const float p = power_of_two(scores[b].e[i] - m[j]);
+      scores[b].e[i] = p;
+      l[j] += p;
+    }
+  }
+#pragma unroll
+  for (short c = 0; c < COLUMNS / 16; c++) {
+#pragma unroll
+    for (short i = 0; i < 8; i++) {
+      output[c].e[i] *= kept[(i >> 1) & 1];
+    }
+  }
+#pragma unroll
+  for (short b = 0; b < KEYS / 16; b++) {
+    const tile<T> weights = as_operand<T>(scores[b]);
+#pragma unroll
+    for (short c = 0; c < COLUMNS / 16; c++) {
+      right_tile<T> right;
+      load_aligned(
+          right, value_tiles + in_use + b * 16 * STRIDE + first_column + c * 16, STRIDE, lane);
+      multiply_add(output[c], weights, right);
+    }
+  }
+}
+
+#pragma unroll
+for (short j = 0; j < 2; j++) {
+  l[j] = row_sum(l[j]);
+  if (row[j] < n_rows) {
+    const float divided = l[j] > 0 ? 1 / l[j] : 0.0f;
+    const long start = (WHOLE ? place[j] : place[j] * splits + split) * D + first_column;
+#pragma unroll
+    for (short c = 0; c < COLUMNS / 16; c++) {
+#pragma unroll
+      for (short i = 0; i < 8; i++) {
+        if (((i >> 1) & 1) == j) {
+          const float x = output[c].e[i];
+          o[start + c * 16 + tile_col(lane, i)] = Out(WHOLE ? x * divided : x);
+        }
+      }
+    }
+    if (!WHOLE && first_column == 0 && tile_col(lane, 0) == 0) {
+      stats[(place[j] * splits + split) * 2] = m[j];
+      stats[(place[j] * splits + split) * 2 + 1] = l[j];
+    }
+  }
+}

@@ -1,0 +1,104 @@
+"""The kernels of metal/: their text, and the calls that run it on Apple's GPUs and on NVIDIA's."""
+
+import functools
+import hashlib
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import mlx.core as mx
+
+# `threadgroup float name[64];` and no pointer or argument.
+_THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
+_ADDRESS_SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\s+")
+
+
+def gpu_backend() -> Optional[str]:
+    """Which kernels the default device can run: ``"metal"``, ``"cuda"``, or None."""
+    if mx.default_device() != mx.gpu:
+        return None
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.cuda.is_available() else None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One file of metal/: the body of a kernel, and what MLX needs to build its signature.
+
+    Args:
+        name: the file's name without ``.metal``.
+        inputs, outputs: the names of its buffers, in order. Inputs come as they are, strided or
+            not: what has to be contiguous the caller makes so.
+        headers: files of metal/ that stand before it.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    headers: tuple[str, ...] = ()
+
+    def __call__(
+        self,
+        backend: str,
+        inputs: Sequence[mx.array],
+        *,
+        template: Sequence[tuple],
+        groups: tuple[int, int, int],
+        threads: tuple[int, int, int],
+        output_shapes: Sequence[tuple],
+        output_dtypes: Sequence[mx.Dtype],
+    ) -> list[mx.array]:
+        """Run it on ``groups`` threadgroups of ``threads`` each; every group is whole."""
+        return _build(self, backend)(
+            inputs=list(inputs),
+            template=list(template),
+            grid=tuple(g * t for g, t in zip(groups, threads)),
+            threadgroup=threads,
+            output_shapes=list(output_shapes),
+            output_dtypes=list(output_dtypes),
+        )
+
+
+@functools.cache
+def _build(kernel: Kernel, backend: str) -> Callable:
+    body = read_text(f"{kernel.name}.metal")
+    header = "\n".join(read_text(name) for name in kernel.headers)
+    if backend == "metal":
+        make, name = mx.fast.metal_kernel, kernel.name
+    else:
+        make = mx.fast.cuda_kernel
+        header = read_text("compat/cuda.h") + as_cuda(header)
+        body = as_cuda(body)
+        # MLX keeps compiled CUDA kernels on disk by name alone.
+        name = f"{kernel.name}_{hashlib.sha256((header + body).encode()).hexdigest()[:12]}"
+    return make(
+        name=f"mlx_hydra_{name}",
+        input_names=list(kernel.inputs),
+        output_names=list(kernel.outputs),
+        source=body,
+        header=header,
+        ensure_row_contiguous=False,
+    )
+
+
+cache_clear = _build.cache_clear
+
+
+def as_cuda(text: str) -> str:
+    """A kernel's text with Metal's address spaces said in CUDA's words; see compat/cuda.h."""
+    return _ADDRESS_SPACE.sub("", _THREADGROUP_ARRAY.sub("__shared__", text))
+
+
+def folder() -> Path:
+    """metal/, which lies in the package when installed and beside it in a checkout."""
+    package = Path(__file__).parent
+    inside = package / "metal"
+    return inside if inside.is_dir() else package.parent / "metal"
+
+
+def read_text(name: str) -> str:
+    """A file of metal/."""
+    return (folder() / name).read_text(encoding="utf-8")

@@ -1,0 +1,162 @@
+"""Decode in one dispatch: all that a layer does between the projections of x and o_proj.
+
+The plain form of it is what ``models.hydrahead.LinearAttention`` does part by part.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple, Optional, Union
+
+import mlx.core as mx
+
+from .. import kernels
+from .backend import resolve_backend
+from .fuse_heads import DTYPES, constants
+
+MOST_TOKENS = 8
+HEAD_DIMS = (32, 64, 128, 256)
+TAPS = (0, *range(2, 9))
+
+KERNEL = kernels.Kernel(
+    "gated_delta_step",
+    (
+        *("projected", "q_conv", "k_conv", "v_conv", "past", "q_norm", "k_norm", "frequencies"),
+        *("offset", "mask", "A_log", "dt_bias", "state", "full", "gamma", "constants"),
+    ),
+    ("out", "new_state", "new_past"),
+    ("heads.h", "gated_delta_step.h"),
+)
+
+
+class Weights(NamedTuple):
+    """What the linear heads have learned, and the eps of their q_norm and k_norm.
+
+    q_norm, k_norm ``[D]``; A_log, dt_bias float32 ``[H]``; convolution: the weights of q, k and
+    v, ``[H * D, K, 1]`` each, or None.
+    """
+
+    q_norm: mx.array
+    k_norm: mx.array
+    A_log: mx.array
+    dt_bias: mx.array
+    norm_eps: float
+    convolution: Optional[tuple[mx.array, mx.array, mx.array]] = None
+
+
+class Rotation(NamedTuple):
+    """RoPE: radians a position for each pair of channels, float32 ``[D / 2]``, and a factor."""
+
+    frequencies: mx.array
+    scale: float = 1.0
+
+
+def step_backend(dtype: mx.Dtype, tokens: int, head_dim: int, taps: int) -> str:
+    """Name what runs a decode step: ``"metal"``, ``"cuda"``, or ``"ops"`` for part by part.
+
+    The kernel takes 1 to 8 tokens in float32, float16 or bfloat16, heads of 32, 64, 128 or 256
+    channels, and convolutions of 2 to 8 taps or none (``taps`` 0).
+    """
+    gpu = kernels.gpu_backend()
+    if (
+        gpu is None
+        or dtype not in DTYPES
+        or not 1 <= tokens <= MOST_TOKENS
+        or head_dim not in HEAD_DIMS
+        or taps not in TAPS
+    ):
+        return "ops"
+    return resolve_backend("auto", (gpu, "ops"))
+
+
+def gated_delta_step(
+    projected: mx.array,
+    weights: Weights,
+    gamma: mx.array,
+    state: Optional[mx.array],
+    past: Optional[mx.array],
+    *,
+    offset: Union[int, mx.array] = 0,
+    mask: Optional[mx.array] = None,
+    rotation: Optional[Rotation] = None,
+    eps: Optional[float],
+    first: int = 0,
+    full: Optional[mx.array] = None,
+    full_gate: Optional[int] = None,
+    full_eps: Optional[float] = None,
+    backend: str,
+) -> tuple[mx.array, mx.array, Optional[mx.array]]:
+    """Take 1 to 8 tokens through a layer's heads, up to what o_proj reads.
+
+    The linear heads' short convolution with SiLU, norms, RoPE, gates, gated delta rule
+    (2412.06464) and fusion (HydraHead, Eq 13-14), and the fusion of the full heads; arithmetic in
+    float32 throughout. It has no gradient.
+
+    Args:
+        projected: projections of x side by side ``[B, T, N]``, row-contiguous. From channel
+            ``first`` on the linear heads' q, k, v, gate before its SiLU if they have one
+            (``H * D`` each), a and b (``H`` each), and nothing after them.
+        weights: of the linear heads.
+        gamma: float32 ``[F + H]``, full heads first.
+        state: float32 ``[B, H, D, D]``; zeros where it is None.
+        past: the convolution's last K - 1 inputs ``[B, K - 1, 3 * H * D]``, q, k and v side by
+            side; zeros where it is None.
+        offset: position of the first token, an int or int32 ``[B]``.
+        mask: bool ``[B, T]``; a token whose entry is False counts as zeros in the convolution,
+            leaves the state as it was, and yields zeros.
+        rotation: None for no RoPE.
+        eps, full_eps: of the norm of the linear and of the full heads' outputs; None for no norm.
+        full: outputs of the layer's full heads ``[B, T, F, D]``, where it has any.
+        full_gate: the channel of ``projected`` where their gates start, before the sigmoid.
+        backend: ``"metal"`` or ``"cuda"``, as :func:`step_backend` says.
+
+    Returns:
+        ``[B, T, (F + H) * D]`` in the dtype of ``projected``, the new state, and the new past
+        (None without a convolution).
+    """
+    B, T, N = projected.shape
+    (H,), (D,) = weights.A_log.shape, weights.q_norm.shape
+    F = 0 if full is None else full.shape[2]
+    taps = 0 if weights.convolution is None else weights.convolution[0].shape[1]
+
+    if state is None:
+        state = mx.zeros((B, H, D, D), mx.float32)
+    if taps and past is None:
+        past = mx.zeros((B, taps - 1, 3 * H * D), projected.dtype)
+    if isinstance(offset, int):
+        offset = _position(offset)
+
+    # A kernel has all its inputs always; others stand for those that it does not read.
+    convolution = weights.convolution or (projected,) * 3
+    past = mx.contiguous(past) if taps else projected
+    frequencies, scale = (weights.A_log, 1.0) if rotation is None else rotation
+    out, state, past = KERNEL(
+        backend,
+        [
+            *(projected, *convolution, past, weights.q_norm, weights.k_norm, frequencies),
+            *(offset, offset if mask is None else mask, weights.A_log, weights.dt_bias),
+            *(mx.contiguous(state), state if full is None else full, gamma),
+            constants(weights.norm_eps, scale, eps or 0.0, full_eps or 0.0),
+        ],
+        template=[
+            *(("X", projected.dtype), ("P", past.dtype), ("W", convolution[0].dtype)),
+            *(("H", H), ("F", F), ("D", D), ("TAPS", taps), ("N", N), ("FIRST", first)),
+            *(("GATED", N - first > (3 * D + 2) * H),),
+            *(("FULL_GATE_AT", -1 if full_gate is None else full_gate),),
+            *(("ROPE", rotation is not None), ("MASKED", mask is not None)),
+            *(("NORM", eps is not None), ("FULL_NORM", full_eps is not None)),
+        ],
+        groups=(F + H, B, 1),
+        threads=(min(512, 8 * D), 1, 1),
+        output_shapes=[
+            (B, T, (F + H) * D),
+            (B, H, D, D),
+            (B, taps - 1, 3 * H * D) if taps else (1,),
+        ],
+        output_dtypes=[projected.dtype, mx.float32, projected.dtype],
+    )
+    return out, state, past if taps else None
+
+
+@lru_cache(maxsize=4)
+def _position(offset):
+    """One array for all layers of a model."""
+    return mx.array([offset], mx.int32)

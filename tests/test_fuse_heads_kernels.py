@@ -1,0 +1,152 @@
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hydra import kernels
+from mlx_hydra.ops import fuse_heads
+
+ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
+
+# dtype, (B, T, H, D), eps, activation or "no gate", layout of o
+CASES = [
+    (mx.float32, (2, 7, 3, 64), 1e-6, None, "heads first"),
+    (mx.float32, (1, 65, 5, 32), 1e-3, "silu", "rows"),
+    (mx.float32, (3, 1, 2, 256), None, "sigmoid", "heads first"),
+    (mx.float32, (1, 3, 4, 48), 1e-6, "no gate", "heads first"),
+    (mx.float32, (2, 2, 1, 512), None, "no gate", "rows"),
+    (mx.float16, (1, 63, 14, 128), 1e-6, "silu", "heads first"),
+    (mx.bfloat16, (3, 5, 2, 128), 1e-5, "sigmoid", "heads first"),
+    (mx.bfloat16, (1, 1, 1, 9), 1e-6, None, "rows"),
+]
+if kernels.gpu_backend() is not None:
+    CASES += list(
+        itertools.product(
+            ROUNDING,
+            [(3, 300, 5, 128), (1, 64, 2, 256), (2, 65, 7, 32), (1, 63, 16, 64)],
+            [None, 1e-6],
+            ["sigmoid", "silu", None, "no gate"],
+            ["rows", "heads first"],
+        )
+    )
+
+
+def inputs(dtype, shape, activation, layout, seed=0):
+    B, T, H, D = shape
+    rng = np.random.default_rng(seed)
+    o = rng.standard_normal(shape) * 10 ** rng.uniform(-1, 1, (H, 1))
+    if layout == "heads first":
+        o = mx.array(o.transpose(0, 2, 1, 3), dtype).transpose(0, 2, 1, 3)
+    else:
+        o = mx.array(o, dtype)
+    gate = None
+    if activation != "no gate":
+        gate = mx.array(2 * rng.standard_normal((B, T, H * D)), dtype)
+    return o, mx.array(rng.uniform(-2, 2, H), mx.float32), gate
+
+
+def plain(x):
+    return np.array(x.astype(mx.float32), np.float64)
+
+
+def activated(gate, activation):
+    s = 1 / (1 + np.exp(-gate))
+    return {"sigmoid": s, "silu": gate * s}.get(activation, gate)
+
+
+def slope(gate, activation):
+    s = 1 / (1 + np.exp(-gate))
+    return {"sigmoid": s * (1 - s), "silu": s + gate * s * (1 - s)}.get(activation, 1)
+
+
+def reference(o, gamma, gate, eps, activation, dy):
+    """The result and the gradients of o, gamma and gate, in float64."""
+    shape, (o, gamma, dy) = o.shape, (plain(x) for x in (o, gamma, dy))
+    factor = gate_slope = np.ones(shape)
+    if gate is not None:
+        gate = plain(gate).reshape(shape)
+        factor, gate_slope = activated(gate, activation), slope(gate, activation)
+    dy = dy.reshape(shape)
+    r = 1.0 if eps is None else 1 / np.sqrt((o**2).mean(-1, keepdims=True) + eps)
+    n, weight = r * o, gamma[:, None]
+    dn = dy * weight * factor
+    d_o = dn if eps is None else r * (dn - n * (dn * n).mean(-1, keepdims=True))
+    flat = (*shape[:2], -1)
+    return (
+        (weight * n * factor).reshape(flat),
+        d_o,
+        (dy * factor * n).sum((0, 1, 3)),
+        (dy * weight * n * gate_slope).reshape(flat),
+    )
+
+
+def close(found, expected, dtype):
+    """Float32 inside and rounded once."""
+    found, scale = plain(found), np.abs(expected).max()
+    assert found.shape == expected.shape
+    error = np.abs(found - expected)
+    assert (error <= ROUNDING[dtype] * np.abs(expected) + 2e-5 * scale).all(), error.max() / scale
+
+
+@pytest.mark.parametrize("dtype, shape, eps, activation, layout", CASES)
+def test_result_and_gradients_are_those_of_float64(
+    dtype, shape, eps, activation, layout, kernel_backend
+):
+    o, gamma, gate = inputs(dtype, shape, activation, layout)
+    activation = None if activation == "no gate" else activation
+    B, T, H, D = shape
+    # A slice, as the halves of a concatenation hand it back.
+    wide = np.random.default_rng(1).standard_normal((B, T, H * D + 9))
+    dy = mx.array(wide, dtype)[..., 4 : 4 + H * D]
+
+    def fuse(*arrays):
+        arrays = arrays if gate is not None else (*arrays, None)
+        return fuse_heads(*arrays, eps=eps, activation=activation, backend=kernel_backend)
+
+    primals = [x for x in (o, gamma, gate) if x is not None]
+    (out,), gradients = mx.vjp(fuse, primals, [dy])
+    expected = reference(o, gamma, gate, eps, activation, dy)
+    assert [x.dtype for x in (out, *gradients)] == [x.dtype for x in (o, *primals)]
+    close(out, expected[0], dtype)
+    close(gradients[0], expected[1], dtype)
+    close(gradients[1], expected[2], mx.float32)
+    if gate is not None:
+        close(gradients[2], expected[3], dtype)
+
+
+@pytest.mark.parametrize("activation", ["sigmoid", "silu"])
+def test_gradients_are_those_of_the_ops_backend(activation, kernel_backend):
+    case = inputs(mx.float32, (2, 3, 4, 32), activation, "heads first")
+
+    def loss(backend):
+        def of(*arrays):
+            y = fuse_heads(*arrays, eps=1e-6, activation=activation, backend=backend)
+            return (y * mx.cos(mx.arange(y.size).reshape(y.shape))).sum()
+
+        return mx.grad(of, argnums=(0, 1, 2))(*case)
+
+    for found, expected in zip(loss(kernel_backend), loss("ops")):
+        close(found, plain(expected), mx.float32)
+
+
+def test_what_no_kernel_takes_runs_on_ops(kernel_backend):
+    o, gamma, gate = inputs(mx.float32, (1, 2, 3, 520), None, "rows")
+    with pytest.raises(ValueError, match="this call runs on ops only"):
+        fuse_heads(o, gamma, gate, eps=1e-6, backend=kernel_backend)
+    assert fuse_heads(o, gamma, gate, eps=1e-6).shape == gate.shape
+    with pytest.raises(ValueError, match="ops only"):
+        fuse_heads(o[..., :173], gamma.astype(mx.float16), eps=1e-6, backend=kernel_backend)
+
+
+def test_an_unknown_activation_is_named():
+    o, gamma, gate = inputs(mx.float32, (1, 2, 3, 8), None, "rows")
+    with pytest.raises(ValueError, match="activation='gelu', expected one of sigmoid, silu"):
+        fuse_heads(o, gamma, gate, eps=1e-6, activation="gelu")
+
+
+def test_ops_activate_the_gate_too():
+    for activation in ("sigmoid", "silu"):
+        o, gamma, gate = inputs(mx.float32, (1, 2, 3, 8), activation, "rows")
+        found = fuse_heads(o, gamma, gate, eps=1e-6, activation=activation, backend="ops")
+        close(found, reference(o, gamma, gate, 1e-6, activation, gate)[0], mx.float32)

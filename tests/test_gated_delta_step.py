@@ -1,0 +1,275 @@
+import itertools
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+
+from mlx_hydra import kernels
+from mlx_hydra.ops import gated_delta_step as module
+from mlx_hydra.ops.gated_delta_step import Rotation, Weights, gated_delta_step, step_backend
+
+BASE = {
+    "dtype": "float32",
+    "B": 1,
+    "T": 1,
+    "H": 2,
+    "F": 1,
+    "D": 32,
+    "taps": 4,
+    "rope": 1.0,
+    "gated": True,
+    "full_gated": True,
+    "eps": 1e-6,
+    "full_eps": 1e-3,
+    "offset": 17,
+    "mask": False,
+    "fresh": False,
+    "decay": "usual",
+}
+
+# Each names what differs from BASE; all run everywhere.
+CASES = [
+    {},
+    {"T": 8, "D": 64, "F": 0, "B": 3, "offset": "a sequence"},
+    {"T": 3, "D": 128, "taps": 2, "dtype": "bfloat16"},
+    {"T": 2, "D": 256, "dtype": "float16", "H": 1, "full_gated": False},
+    {"T": 8, "D": 256, "F": 2, "taps": 8, "gated": False, "H": 1},
+    {"T": 5, "taps": 0, "rope": None, "eps": None, "full_eps": None, "F": 3},
+    {"T": 7, "B": 2, "mask": True, "decay": "none", "dtype": "bfloat16"},
+    {"T": 6, "D": 64, "B": 3, "mask": True, "taps": 0, "decay": "near zero"},
+    {"T": 4, "D": 128, "fresh": True, "rope": 1.25, "H": 3, "decay": "none"},
+    {"T": 2, "offset": 100_000, "decay": "mixed", "dtype": "float16", "taps": 8},
+    {"T": 3, "D": 128, "B": 2, "mask": True, "offset": "a sequence", "F": 0, "decay": "mixed"},
+]
+
+# The rest of the grid, where a GPU runs it.
+GRID = [
+    {"dtype": dtype, "D": D, "T": T, "B": B, "taps": taps, "mask": mask, "H": 3, "F": F}
+    for dtype, D, (T, B, taps, mask, F) in itertools.product(
+        ("float32", "float16", "bfloat16"),
+        (32, 64, 128, 256),
+        [(1, 1, 4, False, 2), (2, 3, 3, False, 0), (8, 2, 8, True, 1), (7, 3, 0, True, 4)],
+    )
+]
+
+
+def label(case):
+    return " ".join(f"{k}={v}" for k, v in case.items()) or "base"
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def normed(x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+def inputs(case, seed=0):
+    """Random arguments, in the types that the kernel takes."""
+    B, T, H, F, D, taps = (case[k] for k in ("B", "T", "H", "F", "D", "taps"))
+    rng = np.random.default_rng(seed)
+    dtype = getattr(mx, case["dtype"])
+
+    def random(*shape, scale=1.0, mean=0.0):
+        return mx.array(mean + scale * rng.standard_normal(shape), dtype)
+
+    C = H * D
+    first = 5 + (F * D if case["full_gated"] else 0)
+    width = first + (3 + case["gated"]) * C + 2 * H
+    A_log = {
+        "usual": rng.uniform(-2, 1, H),
+        "none": np.full(H, -200.0),
+        "near zero": np.full(H, 3.0),
+        "mixed": np.linspace(-60, 3, H),
+    }[case["decay"]]
+    offset = case["offset"]
+    return {
+        "projected": random(B, T, width),
+        "weights": Weights(
+            random(D, scale=0.2, mean=1),
+            random(D, scale=0.2, mean=1),
+            mx.array(A_log, mx.float32),
+            mx.array(rng.uniform(-2, 1, H), mx.float32),
+            1e-5,
+            tuple(random(C, taps, 1, scale=0.5) for _ in range(3)) if taps else None,
+        ),
+        "gamma": mx.array(rng.uniform(0.5, 2, F + H), mx.float32),
+        "state": None if case["fresh"] else mx.array(rng.standard_normal((B, H, D, D)), mx.float32),
+        "past": random(B, taps - 1, 3 * C) if taps and not case["fresh"] else None,
+        "offset": mx.array([3, 0, 250][:B], mx.int32) if offset == "a sequence" else offset,
+        "mask": mx.array(rng.random((B, T)) < 0.6) if case["mask"] else None,
+        "rotation": None
+        if case["rope"] is None
+        else Rotation(mx.array(1e4 ** -(np.arange(0, D, 2) / D), mx.float32), case["rope"]),
+        "eps": case["eps"],
+        "first": first,
+        "full": random(B, F, T, D, scale=3).transpose(0, 2, 1, 3) if F else None,
+        "full_gate": 5 if F and case["full_gated"] else None,
+        "full_eps": case["full_eps"],
+    }
+
+
+def plain(x):
+    return None if x is None else np.array(x.astype(mx.float32), np.float64)
+
+
+def reference(case, arguments):
+    """The layer in float64: out, state and past."""
+    B, T, H, F, D, taps = (case[k] for k in ("B", "T", "H", "F", "D", "taps"))
+    x, weights = plain(arguments["projected"]), arguments["weights"]
+    first, C = arguments["first"], H * D
+    valid = np.ones((B, T), bool) if arguments["mask"] is None else np.array(arguments["mask"])
+    qkv = x[..., first : first + 3 * C]
+    past = plain(arguments["past"])
+    if taps:
+        past = np.zeros((B, taps - 1, 3 * C)) if past is None else past
+        entries = np.concatenate([past, np.where(valid[..., None], qkv, 0)], axis=1)
+        taken = np.concatenate([plain(w)[..., 0] for w in weights.convolution])
+        qkv = sum(entries[:, j : j + T] * taken[:, j] for j in range(taps))
+        qkv, past = qkv * sigmoid(qkv), entries[:, T:]
+    q, k, v = (part.reshape(B, T, H, D) for part in np.split(qkv, 3, axis=-1))
+    q = normed(q, weights.norm_eps) * plain(weights.q_norm)
+    k = normed(k, weights.norm_eps) * plain(weights.k_norm)
+    if (rotation := arguments["rotation"]) is not None:
+        offset = np.atleast_1d(np.array(arguments["offset"]))[:, None]
+        positions = np.broadcast_to(offset + np.arange(T), (B, T)).astype(np.float32)
+        # The angle is a float32 product in every implementation.
+        angle = (positions[..., None] * np.array(rotation.frequencies)).astype(np.float64)
+        cosine, sine = (rotation.scale * f(angle)[:, :, None] for f in (np.cos, np.sin))
+        q, k = (
+            np.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
+            for a, b in (np.split(part, 2, axis=-1) for part in (q, k))
+        )
+    q, k = (part / np.sqrt((part**2).sum(-1, keepdims=True) + 1e-6) for part in (q, k))
+    q = q * D**-0.5
+    at = first + (3 + case["gated"]) * C
+    a, b = x[..., at : at + H], x[..., at + H :]
+    decay = np.exp(-np.exp(plain(weights.A_log)) * np.logaddexp(0, a + plain(weights.dt_bias)))
+    rate = sigmoid(b)
+    state = plain(arguments["state"])
+    state = np.zeros((B, H, D, D)) if state is None else state
+    heads = np.zeros((B, T, H, D))
+    for n, t in zip(*np.nonzero(valid)):
+        s = decay[n, t, :, None, None] * state[n]
+        change = rate[n, t][:, None] * (v[n, t] - np.einsum("hvk,hk->hv", s, k[n, t]))
+        state[n] = s + change[..., None] * k[n, t][:, None]
+        heads[n, t] = np.einsum("hvk,hk->hv", state[n], q[n, t])
+    if case["eps"] is not None:
+        heads = normed(heads, case["eps"])
+    heads = (heads * plain(arguments["gamma"])[F:, None]).reshape(B, T, C)
+    if case["gated"]:
+        gate = x[..., first + 3 * C : first + 4 * C]
+        heads = heads * gate * sigmoid(gate)
+    if F:
+        full = plain(arguments["full"])
+        if case["full_eps"] is not None:
+            full = normed(full, case["full_eps"])
+        full = (full * plain(arguments["gamma"])[:F, None]).reshape(B, T, F * D)
+        if case["full_gated"]:
+            full = full * sigmoid(x[..., 5 : 5 + F * D])
+        heads = np.concatenate([full, heads], axis=-1)
+    return heads, state, past
+
+
+# The result is rounded once; all before is float32.
+ROUNDING = {"float32": 0, "float16": 2**-11, "bfloat16": 2**-8}
+
+
+def check(case, arguments, found, expected):
+    (out, state, past), (true_out, true_state, true_past) = found, expected
+    assert out.dtype == getattr(mx, case["dtype"])
+    assert state.dtype == mx.float32
+    for x, y, rounding in ((out, true_out, ROUNDING[case["dtype"]]), (state, true_state, 0)):
+        error = np.abs(plain(x) - y)
+        assert (error <= rounding * np.abs(y) + 2e-5 * np.abs(y).max()).all(), error.max()
+    if case["taps"]:
+        assert past.dtype == out.dtype
+        assert np.array_equal(plain(past), true_past)
+    else:
+        assert past is None
+
+
+@pytest.mark.parametrize("case", CASES, ids=label)
+def test_a_step_is_the_layer_in_float64(case, kernel_backend):
+    case = BASE | case
+    arguments = inputs(case)
+    found = gated_delta_step(**arguments, backend=kernel_backend)
+    check(case, arguments, found, reference(case, arguments))
+
+
+@pytest.mark.skipif(kernels.gpu_backend() is None, reason="the simulator takes the cases above")
+@pytest.mark.parametrize("case", GRID, ids=label)
+def test_the_whole_grid_on_a_gpu(case, kernel_backend):
+    test_a_step_is_the_layer_in_float64(case, kernel_backend)
+
+
+def test_steps_of_any_size_hand_state_and_past_on(kernel_backend):
+    case = BASE | {"T": 6, "D": 64}
+    arguments = inputs(case)
+    whole = reference(case, arguments)
+    projected, full = arguments["projected"], arguments["full"]
+    outputs, start = [], 0
+    for step in (1, 2, 3):
+        part = slice(start, start + step)
+        arguments |= {"projected": projected[:, part], "full": full[:, part], "offset": 17 + start}
+        arguments["projected"] = mx.contiguous(arguments["projected"])
+        out, arguments["state"], arguments["past"] = gated_delta_step(
+            **arguments, backend=kernel_backend
+        )
+        outputs.append(out)
+        start += step
+    found = mx.concatenate(outputs, axis=1), arguments["state"], arguments["past"]
+    check(case, arguments, found, whole)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+@pytest.mark.parametrize("taps", [0, 4])
+def test_padding_may_hold_anything(taps, poison, kernel_backend):
+    case = BASE | {"T": 5, "B": 2, "mask": True, "taps": taps}
+    arguments = inputs(case)
+    expected = reference(case, arguments)
+    mask = np.array([[0, 0, 1, 1, 0], [1, 0, 1, 1, 1]], bool)
+    arguments["mask"] = mx.array(mask)
+    expected = reference(case, arguments)
+    first = arguments["first"]
+    # The full heads' own gates come before.
+    arguments["projected"][..., first:] = mx.where(
+        arguments["mask"][..., None], arguments["projected"][..., first:], poison
+    )
+    found = gated_delta_step(**arguments, backend=kernel_backend)
+    check(case, arguments, found, expected)
+    linear = plain(found[0])[..., case["F"] * case["D"] :]
+    assert not linear[~mask].any()
+
+
+@pytest.mark.parametrize(
+    "call, named",
+    [
+        ((mx.float32, 1, 128, 4), True),
+        ((mx.bfloat16, 8, 32, 0), True),
+        ((mx.float16, 9, 128, 4), False),
+        ((mx.float16, 0, 128, 4), False),
+        ((mx.float16, 1, 96, 4), False),
+        ((mx.float16, 1, 128, 9), False),
+        ((mx.float16, 1, 128, 1), False),
+        ((mx.float64, 1, 128, 4), False),
+    ],
+)
+def test_what_the_kernel_does_not_take_is_left_to_the_parts(call, named, monkeypatch):
+    monkeypatch.setattr(kernels, "gpu_backend", lambda: "metal")
+    monkeypatch.setenv("MLX_HYDRA_BACKEND", "metal")
+    assert step_backend(*call) == ("metal" if named else "ops")
+    monkeypatch.setenv("MLX_HYDRA_BACKEND", "ops")
+    assert step_backend(*call) == "ops"
+
+
+def test_without_a_gpu_the_parts_run(monkeypatch):
+    monkeypatch.setattr(kernels, "gpu_backend", lambda: None)
+    assert step_backend(mx.float32, 1, 128, 4) == "ops"
+
+
+def test_one_offset_serves_all_layers():
+    assert module._position(5) is module._position(5)
+    assert tiny.distance(module._position(7), np.array([7])) == 0

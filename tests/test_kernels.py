@@ -1,0 +1,121 @@
+import re
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_hydra import kernels
+
+TILE = """
+threadgroup T left[16 * 24];
+threadgroup T right[16 * 24];
+const short lane = thread_index_in_simdgroup;
+for (int i = lane; i < 256; i += 32) {
+  left[i / 16 * 24 + i % 16] = a[i];
+  right[i / 16 * 24 + i % 16] = b[i];
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+tile<T> A;
+right_tile<T> B;
+tile<float> C;
+clear(C);
+if (LEFT_TRANSPOSED) {
+  load_transposed(A, left, 24, lane);
+} else {
+  load(A, left, 24, lane);
+}
+if (RIGHT_TRANSPOSED) {
+  load_transposed(B, right, 24, lane);
+} else {
+  load(B, right, 24, lane);
+}
+multiply_add(C, A, B);
+for (short i = 0; i < 8; i++) {
+  once[tile_row(lane, i) * 16 + tile_col(lane, i)] = C.e[i];
+}
+for (short part = 0; part < 2; part++) {
+  const short i = 2 * part;
+  const float x = metal::max(
+      metal::max(C.e[i], C.e[i + 1]), metal::max(C.e[i + 4], C.e[i + 5]));
+  const float largest = row_max(x);
+  const float total = row_sum(C.e[i] + C.e[i + 1] + C.e[i + 4] + C.e[i + 5]);
+  if (tile_col(lane, i) == 0) {
+    rows[tile_row(lane, i)] = largest;
+    rows[16 + tile_row(lane, i)] = total;
+  }
+}
+// The product, rounded, times b once more.
+A = as_operand<T>(C);
+multiply_add(C, A, B);
+simdgroup_barrier(mem_flags::mem_threadgroup);
+threadgroup float result[16 * 18];
+store(C, result, 18, lane);
+threadgroup_barrier(mem_flags::mem_threadgroup);
+for (int i = lane; i < 256; i += 32) {
+  twice[i] = result[i / 16 * 18 + i % 16];
+}
+"""
+
+
+@pytest.fixture
+def tile_kernel(monkeypatch):
+    read_text = kernels.read_text
+    monkeypatch.setattr(
+        kernels, "read_text", lambda name: TILE if name == "tile.metal" else read_text(name)
+    )
+    return kernels.Kernel("tile", ("a", "b"), ("once", "rows", "twice"), ("tile.h",))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_products_of_tiles(kernel_backend, tile_kernel, dtype):
+    rng = np.random.default_rng(0)
+    a, b = (mx.array(rng.standard_normal((16, 16))).astype(dtype) for _ in range(2))
+    for left in (False, True):
+        for right in (False, True):
+            once, rows, twice = tile_kernel(
+                kernel_backend,
+                [a, b],
+                template=[("T", dtype), ("LEFT_TRANSPOSED", left), ("RIGHT_TRANSPOSED", right)],
+                groups=(1, 1, 1),
+                threads=(32, 1, 1),
+                output_shapes=[(16, 16), (2, 16), (16, 16)],
+                output_dtypes=[mx.float32] * 3,
+            )
+            A, B = (np.array(x.astype(mx.float32)).astype(np.float64) for x in (a, b))
+            A, B = A.T if left else A, B.T if right else B
+            product = A @ B
+            # Sums of 16 products of numbers of a few units, in float32.
+            assert np.abs(np.array(once) - product).max() < 1e-5
+            assert np.abs(np.array(rows[0]) - product.max(1)).max() < 1e-5
+            assert np.abs(np.array(rows[1]) - product.sum(1)).max() < 5e-5
+            rounded = np.array(once.astype(dtype).astype(mx.float32)).astype(np.float64)
+            assert np.abs(np.array(twice) - (product + rounded @ B)).max() < 1e-4
+
+
+def test_address_spaces_are_said_in_cudas_words():
+    text = """
+    threadgroup T a[16 * 24];
+    threadgroup float b [N];
+    METAL_FUNC void f(thread tile<T>& t, const device T* x, threadgroup U* target, constant int* n);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    const uint lane = thread_index_in_simdgroup;
+    constant constexpr float EPS = 1e-6f;
+    """
+    cuda = kernels.as_cuda(text)
+    assert "__shared__ T a[16 * 24];" in cuda
+    assert "__shared__ float b [N];" in cuda
+    assert "f(tile<T>& t, const T* x, U* target, int* n);" in cuda
+    assert "threadgroup_barrier(mem_flags::mem_threadgroup);" in cuda
+    assert "thread_index_in_simdgroup" in cuda
+    assert "    constexpr float EPS" in cuda
+
+
+def test_every_kernel_says_what_it_is_before_it_begins():
+    folder = kernels.folder()
+    files = sorted(folder.glob("*.metal"))
+    assert files
+    for file in files:
+        head = re.match(r"(//.*\n)+", file.read_text())
+        assert head is not None, file
+        for word in ("Grid", "threadgroup"):
+            assert word.lower() in head[0].lower(), f"{file.name} does not tell its {word}"

@@ -1,0 +1,205 @@
+"""The model on the kernels is the model on plain ops."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import tiny
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import BatchKVCache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+from mlx_lm.utils import quantize_model
+from test_model import EXACT, SWITCHES, cast
+
+from mlx_hydra import kernels
+from mlx_hydra.models import hydrahead
+from mlx_hydra.models.cache import linear_part
+
+# The kernels take heads of 32 channels and more.
+SIZES = {"head_dim": 32}
+
+SIMULATED = ("rope scaled linearly", "no convolution", "linear heads alone normed", "yarn")
+CASES = {
+    "base": {},
+    "two layers of one kind": {"full_attention_heads": [[], [], [1, 2]]},
+    "exact": EXACT,
+    **{
+        name: changes
+        for name, changes in SWITCHES.items()
+        if kernels.gpu_backend() is not None or name in SIMULATED
+    },
+}
+ROUNDS = (20, 7, 1, 1)
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Counts the fused steps that run."""
+    calls = []
+    run = hydrahead.gated_delta_step
+
+    def watched(*arguments, **options):
+        calls.append(arguments[0].shape[1])
+        return run(*arguments, **options)
+
+    monkeypatch.setattr(hydrahead, "gated_delta_step", watched)
+    return calls
+
+
+def rounds(model, inputs, cache, sizes=ROUNDS):
+    """Logits of a sequence read in parts, and the states behind them."""
+    logits, start = [], 0
+    for size in sizes:
+        logits.append(model(inputs[:, start : start + size], cache=cache))
+        mx.eval(logits[-1], [c.state for c in cache])
+        start += size
+    states = [x for part in map(linear_part, cache) if part is not None for x in part.cache]
+    return mx.concatenate(logits, axis=1), states
+
+
+def on_ops(monkeypatch, function, *arguments):
+    with monkeypatch.context() as patch:
+        patch.setenv("MLX_HYDRA_BACKEND", "ops")
+        return function(*arguments)
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_prefill_and_decode_are_those_of_ops(changes, steps, kernel_backend, monkeypatch):
+    model = tiny.model(**SIZES, **changes)
+    inputs = tiny.tokens(sum(ROUNDS))
+    expected, states = on_ops(monkeypatch, rounds, model, inputs, model.make_cache())
+    assert not steps
+    found, own = rounds(model, inputs, model.make_cache())
+    assert tiny.distance(found, expected) < 1e-4
+    for x, y in zip(own, states):
+        assert tiny.distance(x, y) < 1e-4
+    linear_layers = sum(len(heads) < 4 for heads in model.args.full_attention_heads)
+    assert steps == [size for size in ROUNDS[1:] for _ in range(linear_layers)]
+
+
+def test_a_prompt_of_a_few_tokens_starts_from_nothing(steps, kernel_backend, monkeypatch):
+    model, inputs = tiny.model(**SIZES), tiny.tokens(5, batch=2)
+    expected, _ = on_ops(monkeypatch, rounds, model, inputs, model.make_cache(), (3, 2))
+    found, _ = rounds(model, inputs, model.make_cache(), (3, 2))
+    assert tiny.distance(found, expected) < 1e-4
+    assert steps == [3, 3, 2, 2]
+
+
+def test_rope_that_depends_on_the_length_runs_part_by_part(steps, kernel_backend, monkeypatch):
+    scaling = {"type": "dynamic", "factor": 2.0}
+    model, inputs = tiny.model(**SIZES, rope_scaling=scaling), tiny.tokens(5)
+    expected, _ = on_ops(monkeypatch, rounds, model, inputs, model.make_cache(), (4, 1))
+    found, _ = rounds(model, inputs, model.make_cache(), (4, 1))
+    assert tiny.distance(found, expected) < 1e-4
+    assert not steps
+
+
+def test_a_batch_with_padding_decodes_as_its_sequences_do(steps, kernel_backend, monkeypatch):
+    model = tiny.model(**SIZES)
+    padding, inputs = [3, 0], tiny.tokens(8, batch=2)
+    cache = model.make_cache()
+
+    def batched():
+        caches = []
+        for c in model.make_cache():
+            if (part := linear_part(c)) is not None:
+                part.left_padding = mx.array(padding)
+            kv = BatchKVCache(padding)
+            if part is None:
+                caches.append(kv)
+            elif part is c:
+                caches.append(c)
+            else:
+                caches.append(type(c)(kv, part))
+        return caches
+
+    found, states = rounds(model, inputs, batched(), (5, 2, 1))
+    expected, others = on_ops(monkeypatch, rounds, model, inputs, batched(), (5, 2, 1))
+    assert steps == [5, 5, 2, 2, 1, 1]
+    alone, _ = on_ops(monkeypatch, rounds, model, inputs[:1, 3:], cache, (5,))
+    assert tiny.distance(found[:1, 3:], alone) < 1e-4
+    assert tiny.distance(found[1], expected[1]) < 1e-4
+    for x, y in zip(states, others):
+        assert tiny.distance(x, y) < 1e-4
+
+
+def test_lengths_that_end_within_the_step_run_part_by_part(steps, kernel_backend):
+    model = tiny.model(**SIZES, full_attention_heads=[[], [], [0]])
+    cache = model.make_cache()
+    cache[0].prepare(lengths=[3, 5])
+    layer = model.layers[0].self_attn
+    x = mx.random.normal((2, 5, 32), key=mx.random.key(0))
+    layer(x, None, mx.array([[1, 1, 1, 0, 0], [1] * 5]).astype(mx.bool_), cache[0], 0)
+    assert not steps
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(mx.float16, 0.01), (mx.bfloat16, 0.06)])
+def test_half_precision(dtype, tolerance, steps, kernel_backend, monkeypatch):
+    model, inputs = tiny.model(**SIZES), tiny.tokens(29)
+    expected, _ = on_ops(monkeypatch, rounds, model, inputs, model.make_cache())
+    model = cast(model, dtype)
+    cache = model.make_cache()
+    found, _ = on_ops(monkeypatch, rounds, model, inputs[:, :27], cache, (20, 7))
+    logits, (state, past, *_) = rounds(model, inputs[:, 27:], cache, (1, 1))
+    assert len(steps) == 4
+    assert (logits.dtype, state.dtype, past.dtype) == (dtype, mx.float32, dtype)
+    found = np.array(mx.concatenate([found, logits], axis=1).astype(mx.float32))
+    error = np.abs(found - np.array(expected)).mean()
+    assert error < tolerance * np.array(expected).std()
+
+
+def test_quantized_weights_and_lora_decode_through_the_step(steps, kernel_backend, monkeypatch):
+    sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 64}
+    inputs = tiny.tokens(9)
+    for change in ("quantized", "lora"):
+        model = tiny.model(**sizes)
+        if change == "quantized":
+            model, _ = quantize_model(model, tiny.config(**sizes), 32, 8)
+        else:
+            linear_to_lora_layers(model, 3, {"rank": 2, "scale": 2.0, "dropout": 0.0})
+            adapters = [
+                (name, mx.random.normal(x.shape, key=mx.random.key(0)))
+                for name, x in tree_flatten(model.parameters())
+                if name.endswith("lora_b")
+            ]
+            assert adapters
+            model.load_weights(adapters, strict=False)
+        expected, _ = on_ops(monkeypatch, rounds, model, inputs, model.make_cache(), (8, 1))
+        before = dict(tree_flatten(model.parameters()))
+        found, _ = rounds(model, inputs, model.make_cache(), (8, 1))
+        assert tiny.distance(found, expected) < 2e-4
+        after = dict(tree_flatten(model.parameters()))
+        assert before.keys() == after.keys()
+        assert all(mx.array_equal(before[name], after[name]) for name in before)
+    assert steps == [8, 8, 1, 1] * 2
+
+
+def test_new_weights_are_taken_up(kernel_backend, monkeypatch):
+    model, other = tiny.model(**SIZES), tiny.model(seed=1, **SIZES)
+    inputs = tiny.tokens(4)
+    rounds(model, inputs, model.make_cache(), (3, 1))
+    model.load_weights(tree_flatten(other.parameters()))
+    found, _ = rounds(model, inputs, model.make_cache(), (3, 1))
+    expected, _ = on_ops(monkeypatch, rounds, other, inputs, other.make_cache(), (3, 1))
+    assert tiny.distance(found, expected) < 1e-4
+
+
+def test_gradients_go_through_the_kernels(kernel_backend, monkeypatch):
+    model = tiny.model(**SIZES, full_attention_heads=[[], [0, 1], [0, 1, 2, 3]])
+    inputs = tiny.tokens(9)
+
+    def gradients():
+        def loss(parameters):
+            model.update(parameters)
+            return (model(inputs) * mx.cos(mx.arange(tiny.VOCABULARY))).mean()
+
+        values = model.trainable_parameters()
+        found = dict(tree_flatten(mx.grad(loss)(values)))
+        model.update(values)
+        mx.eval(found)
+        return found
+
+    found, expected = gradients(), on_ops(monkeypatch, gradients)
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        scale = mx.abs(gradient).max().item()
+        assert tiny.distance(found[name], gradient) <= 1e-3 * scale + 1e-7, name

@@ -1,0 +1,96 @@
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+import tiny
+from mlx_lm.tuner.lora import LoRALinear
+
+from mlx_hydra.models.side_by_side import SideBySide
+
+
+def linear(outputs, bias=False, seed=0, dtype=mx.float32):
+    layer = nn.Linear(64, outputs, bias=bias)
+    layer.weight = mx.random.normal((outputs, 64), key=mx.random.key(seed)).astype(dtype)
+    if bias:
+        layer.bias = mx.random.normal((outputs,), key=mx.random.key(seed + 1)).astype(dtype)
+    return layer
+
+
+def quantized(outputs, bits=4, bias=False, seed=0):
+    return nn.QuantizedLinear.from_linear(linear(outputs, bias, seed), 32, bits)
+
+
+def lora(outputs, seed=0):
+    layer = LoRALinear.from_base(linear(outputs, seed=seed), r=2)
+    for name in ("lora_a", "lora_b"):
+        layer[name] = mx.random.normal(layer[name].shape, key=mx.random.key(seed))
+    return layer
+
+
+X = mx.random.normal((2, 3, 64), key=mx.random.key(9))
+
+LAYERS = {
+    "one": lambda: [linear(5)],
+    "plain": lambda: [linear(32, seed=1), linear(5, seed=2), linear(64, seed=3)],
+    "some with a bias": lambda: [linear(32), linear(5, True, 2), linear(64, True, 4)],
+    "quantized": lambda: [quantized(32), quantized(64, bias=True, seed=1), quantized(8, seed=2)],
+    "plain after quantized": lambda: [quantized(32), quantized(64), linear(5), linear(5)],
+    "of many bits": lambda: [quantized(32, 4), quantized(64, 8), quantized(32, 4)],
+    "lora among them": lambda: [linear(32), lora(16), linear(8), linear(4)],
+    "of two types": lambda: [linear(8), linear(8, dtype=mx.float16), linear(8)],
+}
+
+
+def separately(layers, x=X):
+    return mx.concatenate([layer(x) for layer in layers], axis=-1)
+
+
+@pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
+def test_it_gives_what_the_layers_give_one_by_one(make):
+    layers, expected = make(), separately(make())
+    together = SideBySide()
+    assert tiny.distance(together(X, layers), expected) < 1e-4
+    assert tiny.distance(separately(layers), expected) < 1e-4
+    assert tiny.distance(together(X[:1], layers), expected[:1]) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "name, products", [("plain", 1), ("quantized", 1), ("plain after quantized", 2)]
+)
+def test_neighbours_of_a_kind_are_one_product(name, products, monkeypatch):
+    layers, together = LAYERS[name](), SideBySide()
+    together(X, layers)
+    calls = []
+    for kind in (nn.Linear, nn.QuantizedLinear):
+        run = kind.__call__
+        monkeypatch.setattr(
+            kind, "__call__", lambda self, x, run=run: calls.append(self) or run(self, x)
+        )
+    together(X, layers)
+    assert len(calls) == products
+
+
+def test_nothing_is_held_twice():
+    layers, together = [linear(4096, seed=i) for i in range(3)], SideBySide()
+    mx.eval([layer.parameters() for layer in layers])
+    before = mx.get_active_memory()
+    mx.eval(together(X, layers))
+    assert mx.get_active_memory() - before < layers[0].weight.nbytes / 2
+
+
+def test_weights_that_were_replaced_are_taken_up():
+    layers, together = LAYERS["some with a bias"](), SideBySide()
+    together(X, layers)
+    layers[1].weight = layers[1].weight + 1
+    assert tiny.distance(together(X, layers), separately(layers)) < 1e-4
+    layers[2].bias = layers[2].bias + 1
+    assert tiny.distance(together(X, layers), separately(layers)) < 1e-4
+    layers[0] = quantized(32)
+    assert tiny.distance(together(X, layers), separately(layers)) < 1e-4
+
+
+def test_weights_that_stay_are_joined_once(monkeypatch):
+    layers, together = LAYERS["plain"](), SideBySide()
+    together(X, layers)
+    joined = together._joined
+    together(X, layers)
+    assert together._joined is joined
