@@ -13,6 +13,7 @@ import json
 import time
 from datetime import date
 from pathlib import Path
+from typing import Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -56,8 +57,8 @@ FULL_RATIO = 0.125
 STEP = {"small": 512, "qwen3-1.7b": 2048}
 
 
-def build(size: str) -> dict[str, nn.Module]:
-    """The two models by name, with random weights."""
+def build(size: str, full_ratio: Optional[float], bits: Optional[int] = None) -> nn.Module:
+    """A model with random weights: HydraHead, or mlx-lm's dense Qwen3 where the ratio is None."""
     config = {
         **SIZES[size],
         "rms_norm_eps": 1e-6,
@@ -66,24 +67,30 @@ def build(size: str) -> dict[str, nn.Module]:
         "rope_theta": 1e6,
     }
     dtype = config.pop("dtype")
-    layers, heads, kv_heads = (
-        config[f"num_{name}"] for name in ("hidden_layers", "attention_heads", "key_value_heads")
-    )
-    full = {"full_attention_heads": spread_heads(FULL_RATIO, layers, heads, kv_heads)}
     mx.random.seed(0)
-    models = {
-        "dense": qwen3.Model(qwen3.ModelArgs.from_dict({"model_type": "qwen3", **config})),
-        "hydrahead": hydrahead.Model(
-            hydrahead.ModelArgs.from_dict({"model_type": "hydrahead", **full, **config})
-        ),
-    }
-    for model in models.values():
-        cast = tree_map_with_path(
+    if full_ratio is None:
+        model = qwen3.Model(qwen3.ModelArgs.from_dict({"model_type": "qwen3", **config}))
+    else:
+        layers, heads, kv_heads = (
+            config[f"num_{n}"] for n in ("hidden_layers", "attention_heads", "key_value_heads")
+        )
+        full = {"full_attention_heads": spread_heads(full_ratio, layers, heads, kv_heads)}
+        config = {"model_type": "hydrahead", **full, **config}
+        model = hydrahead.Model(hydrahead.ModelArgs.from_dict(config))
+    model.update(
+        tree_map_with_path(
             lambda path, w: w.astype(dtype) if hydrahead.may_cast(path) else w, model.parameters()
         )
-        model.update(cast)
-        mx.eval(model.parameters())
-    return models
+    )
+    if bits is not None:
+        predicate = getattr(model, "quant_predicate", None)
+        nn.quantize(model, group_size=64, bits=bits, class_predicate=_quantizable(predicate))
+    mx.eval(model.parameters())
+    return model
+
+
+def _quantizable(predicate):
+    return lambda path, m: hasattr(m, "to_quantized") and (predicate is None or predicate(path, m))
 
 
 def measure(model: nn.Module, tokens: int, step: int, decode_tokens: int) -> dict[str, float]:
@@ -156,7 +163,7 @@ def main() -> None:
     args = parser.parse_args()
 
     step = args.prefill_step_size or STEP[args.size]
-    models = build(args.size)
+    models = {"dense": build(args.size, None), "hydrahead": build(args.size, FULL_RATIO)}
     for model in models.values():
         measure(model, step + 1, step, 2)
     rows = []
