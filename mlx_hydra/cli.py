@@ -1,11 +1,15 @@
-"""What the commands share: how an error reaches the user."""
+"""What the commands share: how an error reaches the user, and how far they have come."""
 
 import argparse
 import functools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
 
 
 def command(main: Callable[..., None]) -> Callable[..., None]:
@@ -42,3 +46,17 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message} (see --help).")
+
+
+def as_option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@contextmanager
+def progress_bar(description: str, total: int, *columns) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal's stderr, nothing elsewhere; yields what moves it on."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), *columns)
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda amount: progress.advance(task, amount)

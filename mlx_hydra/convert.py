@@ -1,16 +1,14 @@
 """The convert command: a Qwen3 or HydraHead checkpoint to MLX, or a HydraHead one to PyTorch."""
 
 import argparse
-import contextlib
 import shutil
 import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Optional
 
 import mlx.core as mx
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import DownloadColumn, TimeRemainingColumn
 from rich.table import Table
 
 from .checkpoints import names
@@ -25,7 +23,7 @@ from .checkpoints.writer import (
     staged_folder,
     write_json,
 )
-from .cli import ArgumentParser, command
+from .cli import ArgumentParser, as_option, command, progress_bar
 from .config import MODEL_TYPE, ModelArgs, load_heads, spread_heads
 from .hub import find_folder
 
@@ -205,10 +203,6 @@ def refuse(options: argparse.Namespace, name: str, source: str) -> None:
         raise ValueError(f"{as_option(name)} does not apply to {source}.")
 
 
-def as_option(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def calibrate(calibration: Calibration, args: ModelArgs) -> None:
     with progress_bar("calibrating", args.num_hidden_layers, TimeRemainingColumn()) as advance:
         calibration.measure(advance=lambda: advance(1))
@@ -238,16 +232,6 @@ def carry_out(plan: Conversion, reader: CheckpointReader, out: str) -> None:
                 shutil.copyfile(path, folder / path.name)
         if plan.file_format == "mlx":
             (folder / names.SHIM).write_text(SHIM_TEXT, encoding="utf-8")
-
-
-@contextlib.contextmanager
-def progress_bar(description: str, total: int, *columns) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal's stderr, nothing elsewhere; yields what moves it on."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), *columns)
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda amount: progress.advance(task, amount)
 
 
 def print_plan(plan: Conversion) -> None:

@@ -1,0 +1,106 @@
+"""From scores, or from none, to the heads that keep full attention."""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+GRANULARITIES = ("head", "group")
+Heads = list[list[int]]
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many heads stay full.
+
+    ratio: their share of all, in (0, 1].
+    min_per_layer: in each layer at least.
+    size: heads that are chosen together: 1, or a KV group's.
+    """
+
+    ratio: float
+    min_per_layer: int
+    size: int = 1
+
+    def units(self, num_heads: int) -> tuple[int, int]:
+        """What is chosen from and needed at least, in a layer: heads, or groups.
+
+        Raises:
+            ValueError: the ratio or the smallest number is out of range.
+        """
+        check_ratio(self.ratio)
+        if not 0 <= self.min_per_layer <= num_heads:
+            raise ValueError(
+                f"--min-per-layer {self.min_per_layer}: expected a number from 0 to {num_heads}."
+            )
+        return num_heads // self.size, math.ceil(self.min_per_layer / self.size)
+
+
+def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
+    """The highest scores of the whole model, with so many heads in each layer at least.
+
+    Each layer's best come first, then the best of all the rest, up to ``round(ratio * L * H)``
+    heads. KV groups are chosen by the mean of their heads' scores: as all are of one size, that
+    keeps the largest sum of scores. Of equal scores the first is taken.
+
+    Args:
+        scores: ``[L, H]``.
+
+    Raises:
+        ValueError: the ratio leaves fewer heads than the layers must have, or is out of range.
+    """
+    L, H = scores.shape
+    in_layer, least = budget.units(H)
+    total = L * in_layer
+    count = max(1, round(budget.ratio * total))
+    if least * L > count:
+        raise ValueError(
+            f"--min-per-layer {budget.min_per_layer}: {L} layers need {least * L * budget.size} "
+            f"heads in all, --full-ratio {budget.ratio} keeps {count * budget.size}; expected a "
+            f"ratio from {least * L / total:.4g} up, or fewer heads a layer."
+        )
+    units = scores.reshape(L, in_layer, budget.size).mean(-1)
+    # Stable sorts, so that equal scores do not depend on the platform.
+    order = np.argsort(-units, axis=1, kind="stable")
+    chosen = np.zeros(units.shape, dtype=bool)
+    np.put_along_axis(chosen, order[:, :least], True, axis=1)
+    rest = np.where(chosen, -np.inf, units)
+    chosen.flat[np.argsort(-rest, axis=None, kind="stable")[: count - least * L]] = True
+    return by_layer(np.repeat(chosen, budget.size, axis=1))
+
+
+def choose_fixed(shape: tuple[int, int], budget: Budget) -> Heads:
+    """The same heads in each layer, spread evenly over its heads: ``round(ratio * H)`` of them.
+
+    At least one, and as many as each layer must have; KV groups are spread as heads are.
+    """
+    L, H = shape
+    in_layer, least = budget.units(H)
+    count = max(1, round(budget.ratio * in_layer), least)
+    chosen = np.zeros(in_layer, dtype=bool)
+    chosen[[i * in_layer // count for i in range(count)]] = True
+    return by_layer(np.tile(np.repeat(chosen, budget.size), (L, 1)))
+
+
+def choose_layers(shape: tuple[int, int], ratio: float) -> Heads:
+    """Whole layers, ``round(ratio * L)`` of them and one at least, the last of each stretch."""
+    L, H = shape
+    check_ratio(ratio)
+    count = max(1, round(ratio * L))
+    full = {(i + 1) * L // count - 1 for i in range(count)}
+    return [list(range(H)) if layer in full else [] for layer in range(L)]
+
+
+def check_ratio(ratio: float) -> None:
+    if not 0 < ratio <= 1:
+        raise ValueError(f"--full-ratio {ratio}: expected a number over 0 and up to 1.")
+
+
+def by_layer(chosen: np.ndarray) -> Heads:
+    return [np.flatnonzero(layer).tolist() for layer in chosen]
+
+
+def ranked(scores: np.ndarray) -> list[tuple[int, int]]:
+    """All heads as (layer, head), the highest score first."""
+    order = np.argsort(-scores, axis=None, kind="stable")
+    return [divmod(int(i), scores.shape[1]) for i in order]
