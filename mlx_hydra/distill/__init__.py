@@ -1,0 +1,1 @@
+"""Distil a Qwen3 teacher into a converted HydraHead model: three stages, resumable."""

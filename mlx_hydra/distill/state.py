@@ -1,0 +1,187 @@
+"""What a run keeps on the disk: its newest checkpoint, and the model in the end."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from ..checkpoints.names import SHIM
+from ..checkpoints.writer import (
+    DTYPE_NAMES,
+    SHARD_BYTES,
+    ShardWriter,
+    TensorSpec,
+    staged_folder,
+    write_json,
+)
+from ..convert import CARRIED, SHIM_TEXT
+from .config import Config
+from .models import Student
+
+Weights = dict[str, mx.array]
+
+DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{8})")
+WEIGHT, SLOT = "weight", "optimizer"
+
+# What a run must not change on its way, as the steps that are done would not be the same.
+FIXED = ("student", "teacher", "dtype", "seed")
+FIXED_IN_STAGE = ("objective", "length", "batch_size", "optimizer", "optimizer_config")
+
+
+@dataclass
+class State:
+    """Where a run is, after a step of its optimizer.
+
+    stage, step: the stage, and its steps that are done.
+    steps: those of all stages.
+    checksum: of the stage's tokens.
+    config: of the run, as it was.
+    weights: float32, all that have been trained so far.
+    slots: the optimizer's arrays of each weight, as a checkpoint had them.
+    """
+
+    stage: int = 0
+    step: int = 0
+    steps: int = 0
+    checksum: Optional[int] = None
+    config: dict = field(default_factory=dict)
+    weights: Weights = field(default_factory=dict)
+    slots: dict[str, Weights] = field(default_factory=dict)
+
+    @property
+    def position(self) -> dict[str, Any]:
+        names = ("stage", "step", "steps", "checksum", "config")
+        return {name: getattr(self, name) for name in names}
+
+    def hand_to(self, optimizer: optim.Optimizer) -> None:
+        """Give an optimizer its arrays and its step, and keep none: they will change."""
+        step = mx.array(self.step, mx.uint64)
+        optimizer.state = {**optimizer.state, **self.slots, "step": step}
+        self.slots = {}
+
+
+class Checkpoints:
+    """The newest checkpoint of a run, and none before it."""
+
+    def __init__(self, out: Path):
+        self.folder = out / "checkpoints"
+
+    def newest(self) -> Optional[Path]:
+        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+        return max(found, default=None)
+
+    def save(self, state: State, optimizer: optim.Optimizer) -> None:
+        """Write a checkpoint, whole or not at all, and remove those before it.
+
+        Raises:
+            OSError: the disk is full; the one before is still there.
+        """
+        arrays = {f"{WEIGHT}/{name}": w for name, w in state.weights.items()}
+        for name, slots in optimizer.state.items():
+            if isinstance(slots, dict):
+                arrays |= {f"{SLOT}/{slot}/{name}": value for slot, value in slots.items()}
+        path = self.folder / f"step-{state.steps:08d}"
+        with staged_folder(path) as folder:
+            write_arrays(folder, arrays)
+            write_json(folder / STATE, state.position)
+        # What a killed run was about to write, too.
+        for other in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
+            if other != path:
+                shutil.rmtree(other)
+
+    def load(self) -> State:
+        """The newest checkpoint, or the start of a run.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        path = self.newest()
+        if path is None:
+            return State()
+        try:
+            state = State(**json.loads((path / STATE).read_text(encoding="utf-8")))
+            for shard in sorted(path.glob("*.safetensors")):
+                for key, value in mx.load(str(shard)).items():
+                    kind, _, name = key.partition("/")
+                    if kind == WEIGHT:
+                        state.weights[name] = value
+                    else:
+                        slot, _, name = name.partition("/")
+                        state.slots.setdefault(name, {})[slot] = value
+            mx.eval(state.weights, state.slots)
+        except (OSError, ValueError, TypeError, RuntimeError) as error:
+            reason = str(error).split("\n")[0]
+            raise ValueError(
+                f"{path} cannot be read ({reason}): remove it to begin anew."
+            ) from error
+        return state
+
+
+def check_same_run(state: State, config: Config, out: Path) -> list[str]:
+    """The fields that differ from those of the run that left this state.
+
+    Raises:
+        ValueError: one whose change would make another run of it.
+    """
+    before, now = state.config, asdict(config)
+    changed = [name for name in now if name != "stages" and now[name] != before.get(name)]
+    refused = [(name, before[name], now[name]) for name in FIXED if name in changed]
+    if len(now["stages"]) <= state.stage:
+        refused.append(("stages", f"{len(before['stages'])} stages", len(now["stages"])))
+    for number, (old, new) in enumerate(zip(before["stages"], now["stages"])):
+        names = [name for name in new if new[name] != old.get(name)]
+        changed += [f"stages[{number}].{name}" for name in names]
+        if number == state.stage:
+            refused += [
+                (f"stages[{number}].{name}", old[name], new[name])
+                for name in names
+                if name in FIXED_IN_STAGE
+            ]
+    for name, old, new in refused:
+        raise ValueError(
+            f"{out} holds a run with {name}={old!r}, not {new!r}: give that again, or another out."
+        )
+    return changed
+
+
+def write_arrays(folder: Path, arrays: Weights) -> None:
+    specs = [TensorSpec(name, array.shape, array.dtype) for name, array in arrays.items()]
+    with ShardWriter(folder, specs) as writer:
+        for name, array in arrays.items():
+            writer.write(name, array)
+
+
+def save_model(path: Path, student: Student, weights: Weights) -> None:
+    """Write the trained model as convert.py writes one, in the dtypes that the student had.
+
+    What was not trained is copied from the student to the bit.
+
+    Raises:
+        ValueError: there is something at ``path``.
+        OSError: the disk is full; nothing is left behind.
+    """
+    reader = student.reader
+    specs = [
+        TensorSpec(name, info.shape, DTYPES[info.dtype]) for name, info in reader.tensors.items()
+    ]
+    parameters = sum(reader.read(spec.name).size for spec in specs)
+    with staged_folder(path) as folder:
+        writer = ShardWriter(folder, specs, shard_bytes=SHARD_BYTES, total_parameters=parameters)
+        with writer:
+            for spec in specs:
+                trained = weights.get(spec.name)
+                array = reader.read(spec.name) if trained is None else trained.astype(spec.dtype)
+                writer.write(spec.name, array)
+                del array
+        for pattern in ("config.json", *CARRIED):
+            for file in reader.folder.glob(pattern):
+                shutil.copyfile(file, folder / file.name)
+        (folder / SHIM).write_text(SHIM_TEXT, encoding="utf-8")

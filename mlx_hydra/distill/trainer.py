@@ -1,0 +1,272 @@
+"""The stages, one after the other, from wherever an earlier run was stopped."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from ..checkpoints.writer import locked
+from .config import Config, Stage
+from .data import Sequences, tokens_file
+from .models import HIDDEN_SIZES, LOGIT_SIZES, load_student, load_teacher
+from .objectives import Attention, NextToken
+from .parallel import Processes
+from .report import LossFile, training_progress
+from .state import Checkpoints, State, check_same_run, save_model
+
+Weights = dict[str, mx.array]
+
+MODEL, LOSSES = "model", "losses.csv"
+
+
+class Run:
+    """A distillation in its folder.
+
+    Raises:
+        ValueError: models that do not match, data that cannot be used, or a folder that holds
+            another run.
+    """
+
+    def __init__(self, config: Config, note: Callable[[str], None]):
+        self.config, self.note = config, note
+        self.out = Path(config.out).expanduser()
+        self.dtype = getattr(mx, config.dtype)
+        self.processes = Processes()
+        for stage in config.stages:
+            at_once = stage.micro_batch * self.processes.size
+            if stage.batch_size % at_once:
+                raise ValueError(
+                    f"batch_size={stage.batch_size} is not a multiple of {at_once}: "
+                    f"{self.processes.size} processes of micro_batch={stage.micro_batch}."
+                )
+        self.student = load_student(config.student)
+        self.teacher: Optional[nn.Module] = None
+        self._load_teacher(config.stages)
+        self.checkpoints = Checkpoints(self.out)
+        self.state = State()
+        self._longest_sequences()
+
+    def train(self) -> Path:
+        """Run what is left of the stages, and write the model; its folder.
+
+        Raises:
+            ValueError: the loss is not a number; the last checkpoint stays.
+            OSError: the disk is full; the last checkpoint stays.
+        """
+        model = self.out / MODEL
+        done = {"done": mx.array(int(model.exists()))}
+        if self.processes.from_first(done)["done"].item():
+            self.note(f"{model} is there already: nothing is left to do.")
+            return model
+        self.out.mkdir(parents=True, exist_ok=True)
+        lock = locked(self.out, self.out) if self.processes.first else nullcontext()
+        with lock, self.processes.told_apart():
+            self._train_stages()
+            if self.processes.first:
+                save_model(model, self.student, self.state.weights)
+            self.processes.wait()
+        return model
+
+    def _train_stages(self) -> None:
+        self._resume()
+        left = range(self.state.stage, len(self.config.stages))
+        # All of them now: what is wrong with the last stage's text is not to be found after days.
+        sequences = {number: self._sequences(number) for number in left}
+        losses = None
+        if self.processes.first:
+            losses = LossFile(self.out / LOSSES, self.state.stage, self.state.step)
+        for number in left:
+            if number > self.state.stage:
+                self.state.stage, self.state.step = number, 0
+                self.state.checksum, self.state.slots = None, {}
+            self._load_teacher(self.config.stages[number:])
+            self._train_stage(self.config.stages[number], sequences[number], losses)
+
+    def _load_teacher(self, stages: list[Stage]) -> None:
+        """Have the teacher in memory while one of these stages asks for it."""
+        objectives = {stage.objective for stage in stages}
+        if objectives == {"next_token"}:
+            self.teacher = None
+        elif self.teacher is None:
+            sizes = LOGIT_SIZES if "attention" not in objectives else HIDDEN_SIZES + LOGIT_SIZES
+            self.teacher = load_teacher(self.config.teacher, self.student, sizes, self.dtype)
+
+    def _longest_sequences(self) -> None:
+        positions = self.student.args.max_position_embeddings
+        longest = max(stage.length for stage in self.config.stages)
+        if longest > positions:
+            self.note(f"length {longest:,}: the model is made for {positions:,} tokens.")
+
+    def _resume(self) -> None:
+        if self.processes.first:
+            self.state = self.checkpoints.load()
+            if self.state.steps:
+                changed = check_same_run(self.state, self.config, self.out)
+                also = f"; changed since: {', '.join(changed)}" if changed else ""
+                self.note(
+                    f"{self.out}: going on after step {self.state.step} of stage "
+                    f"{self.state.stage + 1}{also}."
+                )
+        state = self.state
+        place = mx.array([state.stage, state.step, state.steps, state.checksum or 0], mx.uint32)
+        given = self.processes.from_first({"place": place})["place"].tolist()
+        state.stage, state.step, state.steps = given[:3]
+        state.checksum = given[3] if state.steps else None
+        state.config = asdict(self.config)
+
+    def _objective(self, stage: Stage):
+        if stage.objective == "attention":
+            return Attention(self.student, self.teacher, self.dtype)
+        of_teacher = {}
+        if stage.objective == "logits":
+            of_teacher = {
+                "teacher": self.teacher,
+                "kl_weight": stage.kl_weight,
+                "ce_weight": stage.ce_weight,
+            }
+        return NextToken(
+            self.student, self.dtype, grad_checkpoint=self.config.grad_checkpoint, **of_teacher
+        )
+
+    def _sequences(self, number: int) -> Sequences:
+        stage, path = self.config.stages[number], None
+        limit = stage.steps * stage.batch_size * stage.length + 1
+        # One after the other: where the disk is shared, the others find what the first has made.
+        for turn in (True, False):
+            if self.processes.first == turn:
+                path = tokens_file(
+                    self.out / "data",
+                    stage.data or self.config.data,
+                    self.student.tokenizer,
+                    self.student.args.vocab_size,
+                    limit,
+                    self.student.fingerprint,
+                    self.processes.rank,
+                )
+            self.processes.wait()
+        sequences = Sequences(path, stage.length, self.config.seed + number)
+        passes = stage.steps * stage.batch_size / sequences.count
+        if passes > 1:
+            self.note(
+                f"stage {number + 1} goes through its {len(sequences.tokens):,} tokens "
+                f"{passes:,.1f} times."
+            )
+        return sequences
+
+    def _check_data(self, sequences: Sequences) -> None:
+        checksum = sequences.checksum()
+        self.processes.expect_same(checksum, "data")
+        if self.state.checksum not in (None, checksum):
+            raise ValueError(
+                f"{self.out}: the data is not what stage {self.state.stage + 1} was begun with: "
+                "give the same, or another out."
+            )
+        self.state.checksum = checksum
+
+    def _train_stage(self, stage: Stage, sequences: Sequences, losses: Optional[LossFile]) -> None:
+        state = self.state
+        if state.step >= stage.steps:
+            return
+        self._check_data(sequences)
+        objective = self._objective(stage)
+        trained = self._trained_weights(objective)
+        optimizer = stage.make_optimizer()
+        optimizer.init(trained)
+        state.hand_to(optimizer)
+        self._agree(optimizer, trained)
+        names = list(trained)
+        del trained  # Else the weights that the stage began with would stay.
+        per_step = stage.batch_size * stage.length
+        title = f"stage {state.stage + 1} of {len(self.config.stages)} ({stage.objective})"
+        mx.reset_peak_memory()
+        with training_progress(title, stage.steps * per_step, state.step * per_step) as show:
+            while state.step < stage.steps:
+                start = time.perf_counter()
+                figures = self._step(stage, objective, names, sequences, optimizer)
+                tokens = state.step * per_step
+                row = {
+                    "stage": state.stage + 1,
+                    "objective": stage.objective,
+                    "step": state.step,
+                    "tokens": tokens,
+                    **figures,
+                    "learning_rate": optimizer.learning_rate.item(),
+                    "tokens_per_second": round(per_step / (time.perf_counter() - start), 1),
+                    "peak_memory_bytes": mx.get_peak_memory(),
+                }
+                if losses is not None:
+                    losses.add(row)
+                    show(tokens, row)
+                    if state.step == stage.steps or state.step % self.config.save_every == 0:
+                        self.checkpoints.save(state, optimizer)
+
+    def _trained_weights(self, objective) -> Weights:
+        """The float32 weights of a stage, as the stages before left them.
+
+        Always in the same order, in which the norm of their gradient is added up.
+        """
+        reader, weights = self.student.reader, self.state.weights
+        names = [name for name in sorted(reader.tensors) if objective.trains(name)]
+        for name in names:
+            if name not in weights:
+                weights[name] = reader.read(name).astype(mx.float32)
+        return {name: weights[name] for name in names}
+
+    def _agree(self, optimizer: optim.Optimizer, trained: Weights) -> None:
+        """Give all processes the first one's weights and optimizer."""
+        from_first = self.processes.from_first
+        self.state.weights |= from_first(trained)
+        for name in trained:
+            optimizer.state[name] = from_first(optimizer.state[name])
+        mx.eval(self.state.weights, optimizer.state)
+
+    def _step(self, stage, objective, trained, sequences, optimizer) -> dict[str, float]:
+        """Train on the next sequences; the loss, its parts and the norm of the gradient."""
+        state, processes = self.state, self.processes
+        weights = {name: state.weights[name] for name in trained}
+        share = stage.batch_size // processes.size
+        first = state.step * stage.batch_size + processes.rank * share
+        grads = figures = None
+        for start in range(first, first + share, stage.micro_batch):
+            tokens = sequences.rows(range(start, start + stage.micro_batch))
+            found = objective.gradients(weights, tokens)
+            grads, figures = found if grads is None else map(add, (grads, figures), found)
+            mx.eval(grads, figures)
+            del found
+        rounds = share // stage.micro_batch
+        grads, figures = (
+            processes.average({name: value / rounds for name, value in part.items()})
+            for part in (grads, figures)
+        )
+        grads, norm = optim.clip_grad_norm(grads, stage.clip or math.inf)
+        figures = {**figures, "gradient_norm": norm}
+        figures = {name: value.item() for name, value in figures.items()}
+        for name in ("loss", "gradient_norm"):
+            if not math.isfinite(figures[name]):
+                raise ValueError(self._not_finite(name, figures[name]))
+        state.weights |= optimizer.apply_gradients(grads, weights)
+        state.step, state.steps = state.step + 1, state.steps + 1
+        # Their memory can then be that of what is made from them.
+        del weights, grads
+        mx.eval(state.weights, optimizer.state)
+        return figures
+
+    def _not_finite(self, name: str, value: float) -> str:
+        kept = self.checkpoints.newest()
+        what = "no checkpoint was written yet" if kept is None else f"the last one is {kept}"
+        return (
+            f"stage {self.state.stage + 1}, step {self.state.step + 1}: the "
+            f"{name.replace('_', ' ')} is {value}; {what}. Lower learning_rate or clip, and run "
+            "the same command to go on from there."
+        )
+
+
+def add(a: Weights, b: Weights) -> Weights:
+    return {name: a[name] + b[name] for name in a}
