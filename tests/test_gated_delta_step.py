@@ -191,18 +191,15 @@ def check(case, arguments, found, expected):
         assert past is None
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+# The simulator takes the cases that cover it, a GPU the whole grid too.
+@pytest.mark.parametrize(
+    "case", CASES if kernels.gpu_backend() is None else [*CASES, *GRID], ids=label
+)
 def test_a_step_is_the_layer_in_float64(case, kernel_backend):
     case = BASE | case
     arguments = inputs(case)
     found = gated_delta_step(**arguments, backend=kernel_backend)
     check(case, arguments, found, reference(case, arguments))
-
-
-@pytest.mark.skipif(kernels.gpu_backend() is None, reason="the simulator takes the cases above")
-@pytest.mark.parametrize("case", GRID, ids=label)
-def test_the_whole_grid_on_a_gpu(case, kernel_backend):
-    test_a_step_is_the_layer_in_float64(case, kernel_backend)
 
 
 def test_steps_of_any_size_hand_state_and_past_on(kernel_backend):
