@@ -24,8 +24,8 @@
 //   new_past        as past; [1] and zero if TAPS is 0
 //
 // Template: X the type of projected and out; P, W those of past and of the convolution's weights;
-// H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (below zero for no gate); the
-// flags above, NORM and FULL_NORM.
+// H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no gate: MLX's CUDA names
+// kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM.
 // Grid: (F + H, B) threadgroups of min(512, 8 D) threads. Eight threads share a row of the state,
 // which is read and written once; it stays in registers, and D = 256 takes its rows in four turns.
 // Threadgroup memory: 96 D + 64 bytes.
@@ -75,7 +75,7 @@ if (place < F) {
     for (short i = 0; i < COUNT; i++) {
       const int c = place * D + lane + 32 * i;
       const float factor =
-          FULL_GATE_AT >= 0 ? sigmoid(float(rows[t * N + FULL_GATE_AT + c])) : 1.0f;
+          FULL_GATE_AT < N ? sigmoid(float(rows[t * N + FULL_GATE_AT + c])) : 1.0f;
       out[token * (F + H) * D + c] = X(weight * x[i] * factor);
     }
   }

@@ -52,7 +52,8 @@ class Kernel:
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
         """Run it on ``groups`` threadgroups of ``threads`` each; every group is whole."""
-        return _build(self, backend)(
+        dtypes = tuple(x.dtype for x in inputs) if backend == "cuda" else ()
+        return _build(self, backend, dtypes)(
             inputs=list(inputs),
             template=list(template),
             grid=tuple(g * t for g, t in zip(groups, threads)),
@@ -63,7 +64,7 @@ class Kernel:
 
 
 @functools.cache
-def _build(kernel: Kernel, backend: str) -> Callable:
+def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callable:
     body = read_text(f"{kernel.name}.metal")
     header = "\n".join(read_text(name) for name in kernel.headers)
     if backend == "metal":
@@ -72,8 +73,9 @@ def _build(kernel: Kernel, backend: str) -> Callable:
         make = mx.fast.cuda_kernel
         header = read_text("compat/cuda.h") + as_cuda(header)
         body = as_cuda(body)
-        # MLX keeps compiled CUDA kernels on disk by name alone.
-        name = f"{kernel.name}_{hashlib.sha256((header + body).encode()).hexdigest()[:12]}"
+        # MLX before 0.32.4 keeps compiled CUDA kernels, on disk too, by name and template alone.
+        text = f"{header}{body}{dtypes}"
+        name = f"{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return make(
         name=f"mlx_hydra_{name}",
         input_names=list(kernel.inputs),

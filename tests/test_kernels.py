@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from mlx_hydra import kernels
+from mlx_hydra.ops.gated_delta_step import Weights, gated_delta_step
 
 TILE = """
 threadgroup T left[16 * 24];
@@ -119,3 +120,52 @@ def test_every_kernel_says_what_it_is_before_it_begins():
         assert head is not None, file
         for word in ("Grid", "threadgroup"):
             assert word.lower() in head[0].lower(), f"{file.name} does not tell its {word}"
+
+
+@pytest.fixture
+def cuda_names(monkeypatch):
+    """What MLX names the CUDA kernels that are called; none runs, and outputs are zeros."""
+    names = []
+
+    def cuda_kernel(name, **_):
+        def call(template, output_shapes, output_dtypes, **_):
+            values = (str(x).rpartition(".")[2].lower() for _, x in template)
+            names.append("_".join([name, *values]))
+            return [mx.zeros(shape, dtype) for shape, dtype in zip(output_shapes, output_dtypes)]
+
+        return call
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    kernels.cache_clear()
+    yield names
+    kernels.cache_clear()
+
+
+@pytest.mark.parametrize("full_gate", [None, 0])
+def test_the_name_of_a_cuda_kernel_is_one_word(cuda_names, full_gate):
+    H, F, D = 2, 1, 32
+    weights = Weights(mx.ones(D), mx.ones(D), mx.zeros(H), mx.zeros(H), 1e-6)
+    width = F * D + 3 * H * D + 2 * H
+    gated_delta_step(
+        mx.zeros((1, 1, width)),
+        weights,
+        mx.ones(F + H),
+        state=None,
+        past=None,
+        eps=None,
+        first=F * D,
+        full=mx.zeros((1, 1, F, D)),
+        full_gate=full_gate,
+        backend="cuda",
+    )
+    assert re.fullmatch(r"\w+", cuda_names[0])
+
+
+def test_cuda_kernels_for_other_types_have_other_names(cuda_names):
+    kernel = kernels.Kernel("fuse_heads", ("o", "gamma", "gate", "eps"), ("out",), ("heads.h",))
+    for dtype in (mx.float32, mx.float16, mx.float16):
+        inputs = [mx.zeros(8, dtype), *[mx.zeros(8)] * 3]
+        launch = {"groups": (1, 1, 1), "threads": (32, 1, 1), "template": [("H", 1)]}
+        kernel("cuda", inputs, output_shapes=[(8,)], output_dtypes=[mx.float32], **launch)
+    single, half, again = cuda_names
+    assert single != half == again

@@ -207,8 +207,10 @@ METAL_FUNC unsigned int to_tf32(float x) {
 
 template <typename T>
 METAL_FUNC unsigned int pair_bits(T x, T y) {
-  T both[2] = {x, y};
-  return *reinterpret_cast<unsigned int*>(both);
+  const T both[2] = {x, y};
+  unsigned int bits;
+  memcpy(&bits, both, sizeof(bits));
+  return bits;
 }
 
 template <typename T>

@@ -140,7 +140,7 @@ def gated_delta_step(
             *(("X", projected.dtype), ("P", past.dtype), ("W", convolution[0].dtype)),
             *(("H", H), ("F", F), ("D", D), ("TAPS", taps), ("N", N), ("FIRST", first)),
             *(("GATED", N - first > (3 * D + 2) * H),),
-            *(("FULL_GATE_AT", -1 if full_gate is None else full_gate),),
+            *(("FULL_GATE_AT", N if full_gate is None else full_gate),),
             *(("ROPE", rotation is not None), ("MASKED", mask is not None)),
             *(("NORM", eps is not None), ("FULL_NORM", full_eps is not None)),
         ],
