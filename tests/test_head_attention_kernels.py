@@ -347,7 +347,6 @@ MERGE = "head_attention_merge"
         (Case(1, 9, 16), []),
         (Case(9, 9, 64, mx.float32, 2), []),
     ],
-    ids=str,
 )
 def test_auto_takes_the_fastest(monkeypatch, kernel_backend, case, expected):
     monkeypatch.setattr(MODULE, "FUSED_QUERIES", {kernel_backend: 36})
