@@ -15,11 +15,15 @@ from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 from rich.console import Console
 from rich.table import Table
 
 from mlx_hydra import kernels
+from mlx_hydra.models.hydrahead import rotation_of
 from mlx_hydra.ops import fuse_heads, gated_delta, head_attention
+from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
+from mlx_hydra.ops.gated_delta_step import Weights
 
 # Bytes a second, and products (multiply and add) a second in bfloat16: the makers' figures.
 DEVICES = {
@@ -115,6 +119,17 @@ def delta_floor(T, H=14, D=128):
     return moved, 3 * T * H * D * D
 
 
+def projected(T, H=14, D=128, taps=4, dtype=mx.bfloat16):
+    """Arguments of gated_delta_inputs."""
+    projections = [mx.random.normal((1, T, n)).astype(dtype) for n in (H * D,) * 3 + (H,) * 2]
+    convolution = tuple(mx.random.normal((H * D, taps, 1)).astype(dtype) for _ in range(3))
+    norms = mx.ones(D, dtype), mx.ones(D, dtype)
+    weights = Weights(*norms, mx.zeros(H), mx.zeros(H), 1e-6, convolution)
+    past = mx.zeros((1, taps - 1, 3 * H * D), dtype)
+    mx.eval(projections, weights, past)
+    return *projections, weights, past
+
+
 def cases(backend):
     """Rows of (operation, shape, bytes, products, {peer: (f, args)})."""
     mlx_delta = mx.fast.gated_delta_update
@@ -140,6 +155,35 @@ def cases(backend):
     moved, products = delta_floor(4096)
     peers = {name: (trained(b), args) for name, b in (("ours", backend), ("ops", "ops"))}
     yield "gated_delta, forward and backward", "T=4096 H=14 D=128", 3 * moved, 3 * products, peers
+
+    T, H, D = 2048, 14, 128
+    rope = nn.RoPE(D, base=1e6)
+    rotation, args = rotation_of(rope, D), projected(T)
+
+    def prepared(backend):
+        return lambda *a: gated_delta_inputs(
+            *a, offset=4096, rope=rope, rotation=rotation, backend=backend
+        )
+
+    def prepared_gradient(backend):
+        *_, weights, past = args
+
+        def loss(*projections):
+            outputs = prepared(backend)(*projections, weights, past)
+            return sum(x.astype(mx.float32).square().sum() for x in outputs)
+
+        return mx.grad(loss, argnums=tuple(range(5)))
+
+    moved = T * H * (6 * D * 2 + 2 * 2 + 2 * 4)
+    # Taps, two norms, rotation.
+    products = T * H * D * (3 * 4 + 2 * 4 + 2 * 2)
+    for name, form, passes, given in (
+        ("", prepared, 1, args),
+        (", forward and backward", prepared_gradient, 2.5, args[:5]),
+    ):
+        peers = {n: (form(b), given) for n, b in (("ours", backend), ("ops", "ops"))}
+        shape = f"T={T} H={H} D={D}"
+        yield f"gated_delta_inputs{name}", shape, passes * moved, passes * products, peers
 
     S, D = 131072, 128
     for Hf, Hk in ((2, 1), (16, 8)):

@@ -86,7 +86,7 @@ def build(size: str, full_ratio: Optional[float], bits: Optional[int] = None) ->
         predicate = getattr(model, "quant_predicate", None)
         nn.quantize(model, group_size=64, bits=bits, class_predicate=_quantizable(predicate))
     mx.eval(model.parameters())
-    return model
+    return model.eval()
 
 
 def _quantizable(predicate):

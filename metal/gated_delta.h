@@ -8,6 +8,16 @@ constant constexpr short TOKENS = 16;
 constant constexpr short SQUARE_ROW = 20;
 constant constexpr short SQUARE = TOKENS * SQUARE_ROW + TOKENS;
 
+// What gated_delta_prepare finds of a chunk, in floats: the inverse, the decays from before it to
+// each token and from each to its last, the scores.
+constant constexpr short DECAYS = 256;
+constant constexpr short SCORES = DECAYS + 2 * TOKENS;
+constant constexpr short PREPARED = SCORES + 256;
+
+// Where S is the map from one state to a later one it starts as UNIT times the identity: so the map
+// stays within half's range longer when it decays.
+constant constexpr float UNIT = 1024;
+
 // wide_tile: a float accumulator as a left operand beside right operands of T, without loss of its
 // digits. Apple's matrix units take float beside T; tensor cores take T, so there it is a sum of
 // two T (16 bits with bfloat; 22 with half, whose range it must not leave).
@@ -16,8 +26,15 @@ constant constexpr short SQUARE = TOKENS * SQUARE_ROW + TOKENS;
 // tensor cores take both as sums of two, which costs less there than TF32.
 //
 // piece_at: 16 bytes of device memory.
+//
+// copy_piece: the same into threadgroup memory, or zeros, there after wait_until_copied and a
+// barrier. Where COPIES is false, registers are the better way, and nobody calls it. WHOLE: what
+// in_pieces says of `source`. copied: where to read floats that have been copied, here or far away.
 
 #ifndef MLX_HYDRA_CUDA
+
+constant constexpr bool COPIES = false;
+constant constexpr int MOST_BYTES = 32768;
 
 template <typename T>
 struct wide_tile {
@@ -52,7 +69,30 @@ METAL_FUNC uint4 piece_at(const device T* source) {
   return *reinterpret_cast<const device uint4*>(source);
 }
 
+template <typename T>
+METAL_FUNC bool in_pieces(const device T*) {
+  return true;
+}
+
+template <bool WHOLE, typename T>
+METAL_FUNC void copy_piece(threadgroup uint4* target, const device T* source, bool kept) {
+  uint4 piece = 0;
+  if (kept) {
+    piece = piece_at(source);
+  }
+  *target = piece;
+}
+
+METAL_FUNC void wait_until_copied() {}
+
+METAL_FUNC const device float* copied(const threadgroup uint4*, const device float* far_away) {
+  return far_away;
+}
+
 #else
+
+constexpr bool COPIES = true;
+constexpr int MOST_BYTES = 49152;
 
 // Two elements of T in each word.
 template <typename T>
@@ -154,7 +194,67 @@ METAL_FUNC uint4 piece_at(const T* source) {
   return piece;
 }
 
+template <typename T>
+METAL_FUNC bool in_pieces(const T* source) {
+  return starts_at_multiple_of(16, source);
+}
+
+template <bool WHOLE, typename T>
+METAL_FUNC void copy_piece(uint4* target, const T* source, bool kept) {
+  if (WHOLE) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                 :
+                 : "r"((unsigned int)__cvta_generic_to_shared(target)),
+                   "l"(source),
+                   "r"(kept ? 16 : 0)
+                 : "memory");
+  } else {
+    *target = kept ? piece_at(source) : make_uint4(0, 0, 0, 0);
+  }
+}
+
+METAL_FUNC void wait_until_copied() {
+  wait_for_copies();
+}
+
+METAL_FUNC const float* copied(const uint4* at_hand, const float*) {
+  return reinterpret_cast<const float*>(at_hand);
+}
+
 #endif
+
+// Which piece of rows of ROW_PIECES a thread takes as its i-th. Where the rows divide the threads,
+// they are equal steps apart.
+template <short ROW_PIECES, short THREADS>
+METAL_FUNC short piece_row(short i, short thread_index) {
+  return THREADS % ROW_PIECES == 0 ? i * (THREADS / ROW_PIECES) + thread_index / ROW_PIECES
+                                   : (i * THREADS + thread_index) / ROW_PIECES;
+}
+
+template <short ROW_PIECES, short THREADS>
+METAL_FUNC short piece_column(short i, short thread_index) {
+  return (THREADS % ROW_PIECES == 0 ? thread_index : i * THREADS + thread_index) % ROW_PIECES;
+}
+
+// TOKENS rows into threadgroup memory, ROW pieces apart, those not kept as zeros.
+template <typename T, short ROW_PIECES, short ROW, short THREADS, bool WHOLE>
+METAL_FUNC void copy_rows(
+    threadgroup uint4* target,
+    const device T* source,
+    int stride,
+    const thread bool* kept,
+    short thread_index) {
+  constexpr short EACH = (TOKENS * ROW_PIECES + THREADS - 1) / THREADS;
+#pragma unroll
+  for (short i = 0; i < EACH; i++) {
+    const short row = piece_row<ROW_PIECES, THREADS>(i, thread_index);
+    const short column = piece_column<ROW_PIECES, THREADS>(i, thread_index);
+    if (TOKENS * ROW_PIECES % THREADS == 0 || row < TOKENS) {
+      copy_piece<WHOLE>(
+          target + row * ROW + column, source + row * stride + column * 16 / sizeof(T), kept[i]);
+    }
+  }
+}
 
 // Where a matrix of 16 x 16 lies in device memory as a right_tile: each lane's elements in two runs
 // of four, so that lanes side by side read what stands side by side.

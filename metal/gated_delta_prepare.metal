@@ -1,4 +1,4 @@
-// Gated delta rule, first of two kernels: what of 16 tokens does not depend on the state.
+// Gated delta rule, first kernel: what of 16 tokens does not depend on the state.
 //
 // With D[t, j] the decay from token j to token t, and A[t, j] = beta_t D[t, j] k_t.k_j for j < t:
 //
@@ -10,10 +10,8 @@
 // q, k      [B, T, H, Dk] of type T, contiguous
 // g, beta   [B, T, H] float, contiguous
 // mask      [B, T] bool, contiguous, where `masked`; else any array
-// inverse   [B, H, N, 256] float, N = ceil(T / 16): its transpose as a right_tile, in order
-//           (place_in_order in gated_delta.h)
-// scores    [B, H, N, 256] float: as the inverse
-// decays    [B, H, N, 2, 16] float: from before the chunk to each token, from each to its last
+// prepared  [B, H, N, PREPARED] float, N = ceil(T / 16): the inverse and the scores, each as its
+//           transpose is read as a right_tile (place_in_order in gated_delta.h), and the decays
 //
 // Tokens that are masked or past the end decay by 1, and their rows and columns are zeros.
 //
@@ -22,6 +20,7 @@
 
 constexpr short PIECE = 16 / sizeof(T);
 constexpr short ROW = Dk + PIECE;
+constexpr short ROW_PIECES = Dk / PIECE;
 constexpr short RATE = TOKENS, KEPT = 2 * TOKENS;
 
 threadgroup uint4 staged[TOKENS * ROW / PIECE];
@@ -40,10 +39,18 @@ const int last = metal::min(int(TOKENS), length - first) - 1;
 const int stride = heads * Dk;
 const size_t start = (size_t(batch) * length + first) * stride + head * Dk;
 
-for (short p = lane; p < TOKENS * Dk / PIECE; p += 32) {
-  const short row = p / (Dk / PIECE), column = p % (Dk / PIECE);
-  staged[row * (ROW / PIECE) + column] =
-      piece_at(k + start + metal::min(int(row), last) * stride + column * PIECE);
+if (COPIES && in_pieces(k)) {
+  bool within[TOKENS * ROW_PIECES / 32];
+  for (short i = 0; i < TOKENS * ROW_PIECES / 32; i++) {
+    within[i] = piece_row<ROW_PIECES, 32>(i, lane) <= last;
+  }
+  copy_rows<T, ROW_PIECES, ROW / PIECE, 32, true>(staged, k + start, stride, within, lane);
+} else {
+  for (short p = lane; p < TOKENS * ROW_PIECES; p += 32) {
+    const short row = p / ROW_PIECES, column = p % ROW_PIECES;
+    staged[row * (ROW / PIECE) + column] =
+        piece_at(k + start + metal::min(int(row), last) * stride + column * PIECE);
+  }
 }
 if (lane < TOKENS) {
   const int token = batch * length + first + lane;
@@ -55,6 +62,7 @@ if (lane < TOKENS) {
   gate[RATE + lane] = kept ? float(beta[size_t(token) * heads + head]) : 0.0f;
   gate[KEPT + lane] = kept ? 1.0f : 0.0f;
 }
+wait_until_copied();
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 // Whatever a token that is not kept holds stays in its own row and column.
@@ -111,12 +119,13 @@ if (is_key) {
 threadgroup_barrier(mem_flags::mem_threadgroup);
 
 const size_t place = (size_t(batch) * heads + head) * threadgroups_per_grid.x + chunk;
+device float* found = prepared + place * PREPARED;
 for (short i = 0; i < 8; i++) {
   const short at = right_col(lane, i) * SQUARE_ROW + right_row(lane, i);
-  inverse[place * 256 + place_in_order(lane, i)] = square[at];
-  scores[place * 256 + place_in_order(lane, i)] = square[SQUARE + at];
+  found[place_in_order(lane, i)] = square[at];
+  found[SCORES + place_in_order(lane, i)] = square[SQUARE + at];
 }
 if (is_key) {
-  decays[place * 32 + column] = from_start;
-  decays[place * 32 + TOKENS + column] = between;
+  found[DECAYS + column] = from_start;
+  found[DECAYS + TOKENS + column] = between;
 }

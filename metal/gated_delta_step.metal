@@ -25,17 +25,17 @@
 //
 // Template: X the type of projected and out; P, W those of past and of the convolution's weights;
 // H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no gate: MLX's CUDA names
-// kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM.
-// Grid: (F + H, B) threadgroups of min(512, 8 D) threads. Eight threads share a row of the state,
-// which is read and written once; it stays in registers, and D = 256 takes its rows in four turns.
+// kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM; THREADS.
+// Grid: (F + H, B) threadgroups of THREADS, a power of two from 32 to 8 D. Eight threads share a row
+// of the state, which is read and written once, and stays in registers; a thread has no more than 32
+// numbers of it at a time, and what does not fit follows in further turns.
 // Threadgroup memory: 96 D + 64 bytes.
 
 constexpr int MOST = 8;
-constexpr int THREADS = D < 64 ? 8 * D : 512;
 constexpr int SIMD_GROUPS = THREADS / 32;
 constexpr int SLOTS = THREADS / 8;
-constexpr int ROWS = D == 128 ? 2 : 1;
 constexpr int QUADS = D / 32;
+constexpr int ROWS = D / SLOTS < 8 / QUADS ? D / SLOTS : 8 / QUADS;
 constexpr int PAIRS = D < 64 ? 1 : D / 64;
 constexpr int COUNT = D / 32;
 constexpr int PAST = TAPS > 0 ? TAPS - 1 : 0;
@@ -43,7 +43,6 @@ constexpr int C = H * D;
 constexpr int GATE_AT = FIRST + 3 * C;
 constexpr int A_AT = GATED ? GATE_AT + C : GATE_AT;
 constexpr int B_AT = A_AT + H;
-constexpr float L2_NORM_EPS = 1e-6f;
 
 threadgroup float4 vectors[3 * MOST * D / 4];
 threadgroup float decay[MOST];
@@ -108,8 +107,7 @@ if (MASKED) {
 
 if (thread_index < T) {
   const device X* row = rows + thread_index * N + head;
-  const float pace = softplus(float(row[A_AT]) + dt_bias[head]);
-  decay[thread_index] = metal::precise::exp(-metal::precise::exp(A_log[head]) * pace);
+  decay[thread_index] = decay_of(float(row[A_AT]), dt_bias[head], A_log[head]);
   rate[thread_index] = sigmoid(float(row[B_AT]));
 }
 
@@ -156,7 +154,7 @@ for (int item = simd_group; item < 3 * T; item += SIMD_GROUPS) {
         float right = x[i][1] * r * float(which == 0 ? q_norm[c + D / 2] : k_norm[c + D / 2]);
         if (ROPE) {
           const int first = offset[offset_shape[0] == 1 ? 0 : batch];
-          const float angle = float(first + t) * float(frequencies[c]);
+          const float angle = rope_angle(first + t, float(frequencies[c]));
           const float cosine = constants[1] * metal::precise::cos(angle);
           const float sine = constants[1] * metal::precise::sin(angle);
           x[i][0] = left * cosine - right * sine;

@@ -2,6 +2,13 @@
 
 constant constexpr short CHUNK = 64;
 
+// A loop whose loads shall all be on their way at once, where a thread may have registers for it.
+#ifdef MLX_HYDRA_CUDA
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED
+#endif
+
 // Threadgroup memory is laid out in rows a little longer than needed, against bank conflicts.
 constant constexpr short MATRIX_ROW = CHUNK + 4;
 constant constexpr short COLUMN_ROW = 20;

@@ -32,7 +32,7 @@ tile<float> slope[TILES];
 for (short n = 0; n < TILES; n++) {
   const int d = 16 * (4 * n + simdgroup);
   clear(slope[n]);
-  if (d < Dk) {
+  if (Dk % 64 == 0 || d < Dk) {
     load(slope[n], dstate + (sequence * Dv + 16 * slice) * Dk + d, Dk, lane);
   }
 }
@@ -46,19 +46,24 @@ for (int chunk = chunks - 1; chunk >= 0; chunk--) {
 
   for (short n = 0; n < TILES; n++) {
     const int d = 16 * (4 * n + simdgroup);
-    if (d < Dk) {
+    if (Dk % 64 == 0 || d < Dk) {
       store(slope[n], rows + d, STATE_ROW, lane);
       store_device(slope[n], dstates + (place * Dv + 16 * slice) * Dk + d, Dk, lane);
     }
   }
-  for (short i = thread_index; i < GATES; i += 128) {
-    gate[i] = gates[place * GATES + i];
+  UNROLLED
+  for (short n = 0; n < (GATES + 127) / 128; n++) {
+    const short i = 128 * n + thread_index;
+    if (i < GATES) {
+      gate[i] = gates[place * GATES + i];
+    }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   tile<float> sum;
   clear(sum);
   const short token = 16 * simdgroup;
+  UNROLLED
   for (int d = 0; d < Dk; d += 16) {
     tile<float> left;
     right_tile<float> right;
@@ -77,13 +82,14 @@ for (int chunk = chunks - 1; chunk >= 0; chunk--) {
       slope[n].e[i] *= gate[FROM_START + CHUNK - 1];
     }
   }
+  UNROLLED
   for (short m = 0; m < CHUNK; m += 16) {
     tile<float> left;
     load_tokens_transposed(
         left, slopes + m * heads * Dv, heads * Dv, gate + KEPT + m, lane);
     for (short n = 0; n < TILES; n++) {
       const int d = 16 * (4 * n + simdgroup);
-      if (d < Dk) {
+      if (Dk % 64 == 0 || d < Dk) {
         right_tile<float> right;
         load(right, weighted_queries + m * Dk + d, Dk, lane);
         multiply_add(slope[n], left, right);
@@ -92,12 +98,13 @@ for (int chunk = chunks - 1; chunk >= 0; chunk--) {
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  UNROLLED
   for (short m = 0; m < CHUNK; m += 16) {
     tile<float> left;
     load_transposed(left, read + m * COLUMN_ROW, COLUMN_ROW, lane);
     for (short n = 0; n < TILES; n++) {
       const int d = 16 * (4 * n + simdgroup);
-      if (d < Dk) {
+      if (Dk % 64 == 0 || d < Dk) {
         right_tile<float> right;
         load(right, weighted_keys + m * Dk + d, Dk, lane);
         multiply_add(slope[n], left, right);
@@ -107,7 +114,7 @@ for (int chunk = chunks - 1; chunk >= 0; chunk--) {
 }
 for (short n = 0; n < TILES; n++) {
   const int d = 16 * (4 * n + simdgroup);
-  if (d < Dk) {
+  if (Dk % 64 == 0 || d < Dk) {
     store_device(slope[n], dstate0 + (sequence * Dv + 16 * slice) * Dk + d, Dk, lane);
   }
 }

@@ -4,9 +4,9 @@
 // [B, Hk, S, D * BITS / 32] with scales and biases [B, Hk, S, D / GROUP] of T (for plain ones any
 // arrays stand in). All strided. Query t sees the keys 0 .. offset + t, or, where MASKED, those
 // that mask, bool [B, 1, T, S], says.
-// params, int32: offset, keys a split, splits, blocks, n, then the n KV heads that are read, n + 1
-// bounds, and the Hf query heads in the order of their KV heads: heads[bounds[i] .. bounds[i + 1])
-// read the i-th. scale, float [1].
+// layout, int32: blocks, n, then the n KV heads that are read, n + 1 bounds, and the Hf query heads
+// in the order of their KV heads: heads[bounds[i] .. bounds[i + 1]) read the i-th.
+// position, int32 [1]: the offset. scale, float [1].
 // Template: T; D of 32, 64, 128, 256; ROWS of 1, 2, 4: queries (a head and a token each) a
 // threadgroup; BITS of 0 (plain), 4, 8; GROUP; MASKED; WHOLE; E of 8, 16: elements of a key that a
 // lane reads; AT_ONCE: keys that it reads before it works on them.
@@ -27,29 +27,31 @@ threadgroup float weights[SIMDGROUPS * ROWS];
 
 const int lane = thread_index_in_simdgroup;
 const int simdgroup = simdgroup_index_in_threadgroup;
-const int offset = params[0];
-const int splits = params[2];
-const int blocks = params[3];
-const int n = params[4];
+const int offset = position[0];
+const int blocks = layout[0];
+const int n = layout[1];
+const int splits = int(threadgroups_per_grid.x) / blocks;
 const int block = int(threadgroup_position_in_grid.x) % blocks;
 const int split = int(threadgroup_position_in_grid.x) / blocks;
 const int group = threadgroup_position_in_grid.y;
 const int batch = threadgroup_position_in_grid.z;
 const int n_heads = q_shape[1];
 const int n_tokens = q_shape[2];
-const int kv_head = params[5 + group];
-const int first_head = params[5 + n + group];
-const int n_rows = (params[6 + n + group] - first_head) * n_tokens;
+const int kv_head = layout[2 + group];
+const int first_head = layout[2 + n + group];
+const int n_rows = (layout[3 + n + group] - first_head) * n_tokens;
 if (block * ROWS >= n_rows) {
   return;
 }
-const int begin = split * params[1];
-const int end = metal::min(begin + params[1], MASKED ? int(k_shape[2]) : offset + n_tokens);
+const int total = MASKED ? int(k_shape[2]) : offset + n_tokens;
+const int range = (total + splits - 1) / splits;
+const int begin = split * range;
+const int end = metal::min(begin + range, total);
 
 decode_rows<ROWS, E> rows;
 for (short r = 0; r < ROWS; r++) {
   const int row = metal::min(block * ROWS + r, n_rows - 1);
-  const int head = params[6 + 2 * n + first_head + row / n_tokens];
+  const int head = layout[3 + 2 * n + first_head + row / n_tokens];
   const int t = row % n_tokens;
   const long start = batch * q_strides[0] + head * q_strides[1] + t * q_strides[2];
   for (short j = 0; j < E / N; j++) {
@@ -135,7 +137,7 @@ for (int i = thread_index_in_threadgroup; i < ROWS * D; i += 32 * SIMDGROUPS) {
       l += kept * weights[s * ROWS + r];
       sum += kept * sums[(s * ROWS + r) * D + i % D];
     }
-    const int head = params[6 + 2 * n + first_head + row / n_tokens];
+    const int head = layout[3 + 2 * n + first_head + row / n_tokens];
     const long place = (long(batch) * n_heads + head) * n_tokens + row % n_tokens;
     if (WHOLE) {
       o[place * D + i % D] = Out(l > 0 ? sum / l : 0.0f);

@@ -1,7 +1,7 @@
 // Softmax attention of many queries, tile by tile, for heads that share KV heads in any grouping.
 //
 // Inputs and outputs are those of head_attention_decode. The queries of all heads that read one KV
-// head are rows, token by token: row = t * heads + head; blocks in params counts tiles of rows.
+// head are rows, token by token: row = t * heads + head; blocks counts tiles of rows.
 // Template: T; D, a multiple of 16 up to 256; SIMDGROUPS of 1, 2, 4; KEYS of 16, 32: keys a tile;
 // BITS of 0 (plain), 4, 8; GROUP; MASKED; WHOLE; BUFFERS of 1, or 2 where the next tile is to be on
 // its way while one is worked on.
@@ -23,19 +23,19 @@ alignas(16) threadgroup T value_tiles[BUFFERS * KEYS * STRIDE];
 const short lane = thread_index_in_simdgroup;
 const int simdgroup = simdgroup_index_in_threadgroup;
 const int first_column = simdgroup % PARTS * COLUMNS;
-const int offset = params[0];
-const int splits = params[2];
-const int blocks = params[3];
-const int n = params[4];
+const int offset = position[0];
+const int blocks = layout[0];
+const int n = layout[1];
+const int splits = int(threadgroups_per_grid.x) / blocks;
 const int block = blocks - 1 - int(threadgroup_position_in_grid.x) / splits;
 const int split = int(threadgroup_position_in_grid.x) % splits;
 const int group = threadgroup_position_in_grid.y;
 const int batch = threadgroup_position_in_grid.z;
 const int n_heads = q_shape[1];
 const int n_tokens = q_shape[2];
-const int kv_head = params[5 + group];
-const int first_head = params[5 + n + group];
-const int group_size = params[6 + n + group] - first_head;
+const int kv_head = layout[2 + group];
+const int first_head = layout[2 + n + group];
+const int group_size = layout[3 + n + group] - first_head;
 const int n_rows = group_size * n_tokens;
 if (block * ROWS >= n_rows) {
   return;
@@ -53,7 +53,7 @@ for (short j = 0; j < 2; j++) {
   row[j] = simdgroup_row + tile_row(lane, 2 * j);
   const int inside = metal::min(row[j], n_rows - 1);
   const int t = inside / group_size;
-  const int head = params[6 + 2 * n + first_head + inside % group_size];
+  const int head = layout[3 + 2 * n + first_head + inside % group_size];
   last[j] = offset + t;
   place[j] = (long(batch) * n_heads + head) * n_tokens + t;
   mask_row[j] = MASKED ? batch * mask_strides[0] + t * mask_strides[2] : 0;
@@ -76,8 +76,9 @@ const int seen_by_any = MASKED ? total - 1 : offset + last_row / group_size;
 const int seen_by_simdgroup = MASKED
     ? total - 1
     : offset + metal::min(simdgroup_row + 15, n_rows - 1) / group_size;
-const int begin = split * params[1];
-const int end = metal::min(begin + params[1], seen_by_any + 1);
+const int range = (total + splits - 1) / splits;
+const int begin = split * range;
+const int end = metal::min(begin + range, seen_by_any + 1);
 const float factor = scale[0] * LOG2_E;
 
 const auto keys = rows_of(

@@ -84,7 +84,7 @@ struct piece {
   float scale, bias;
 
   template <typename Rows>
-  METAL_FUNC void read(const thread Rows& rows, long row, int first) {
+  METAL_FUNC void read(const thread Rows& rows, long row, int first) thread {
     const long word = row * rows.stride + first * BITS / 32 * rows.step;
     if (WIDE) {
       read_run<N * BITS / 32>(rows.words + word, words);
@@ -98,7 +98,7 @@ struct piece {
     bias = float(rows.biases[row * rows.bias_stride + group * rows.bias_step]);
   }
 
-  METAL_FUNC float at(short i) const {
+  METAL_FUNC float at(short i) const thread {
     const uint q = (words[i * BITS / 32] >> (i * BITS % 32)) & ((1u << BITS) - 1);
     return metal::fma(scale, float(q), bias);
   }
@@ -109,7 +109,7 @@ struct piece<T, N, 0, GROUP, WIDE> {
   T e[N];
 
   template <typename Rows>
-  METAL_FUNC void read(const thread Rows& rows, long row, int first) {
+  METAL_FUNC void read(const thread Rows& rows, long row, int first) thread {
     const long start = row * rows.stride + first * rows.step;
     if (WIDE) {
       read_run<N>(rows.words + start, e);
@@ -120,7 +120,7 @@ struct piece<T, N, 0, GROUP, WIDE> {
     }
   }
 
-  METAL_FUNC float at(short i) const {
+  METAL_FUNC float at(short i) const thread {
     return float(e[i]);
   }
 };

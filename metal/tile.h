@@ -53,12 +53,14 @@ template <typename T>
 METAL_FUNC void multiply_add(
     thread tile<float>& c, const thread tile<T>& a, const thread right_tile<T>& b) {
   simdgroup_float8x8 A[4], B[4];
+#pragma unroll
   for (short p = 0; p < 4; p++) {
     A[p].thread_elements()[0] = float(a.e[2 * p]);
     A[p].thread_elements()[1] = float(a.e[2 * p + 1]);
     B[p].thread_elements()[0] = float(b.e[2 * p]);
     B[p].thread_elements()[1] = float(b.e[2 * p + 1]);
   }
+#pragma unroll
   for (short p = 0; p < 4; p++) {
     simdgroup_float8x8 C;
     C.thread_elements()[0] = c.e[2 * p];

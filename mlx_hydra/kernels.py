@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,10 @@ from pathlib import Path
 from typing import Optional
 
 import mlx.core as mx
+
+# MLX's CUDA build has the outputs of custom kernels in managed memory, slow to get and to touch
+# first, unless it is to fill them: then they come from where all others do. From here on that pays.
+FILLED_BYTES = 2 << 20
 
 # `threadgroup float name[64];` and no pointer or argument.
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
@@ -52,7 +57,12 @@ class Kernel:
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
         """Run it on ``groups`` threadgroups of ``threads`` each; every group is whole."""
-        dtypes = tuple(x.dtype for x in inputs) if backend == "cuda" else ()
+        dtypes, options = (), {}
+        if backend == "cuda":
+            dtypes = tuple(x.dtype for x in inputs)
+            sizes = (math.prod(s) * d.size for s, d in zip(output_shapes, output_dtypes))
+            if sum(sizes) >= FILLED_BYTES:
+                options["init_value"] = 0
         return _build(self, backend, dtypes)(
             inputs=list(inputs),
             template=list(template),
@@ -60,6 +70,7 @@ class Kernel:
             threadgroup=threads,
             output_shapes=list(output_shapes),
             output_dtypes=list(output_dtypes),
+            **options,
         )
 
 

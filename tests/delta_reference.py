@@ -1,4 +1,4 @@
-"""The gated delta rule and its gradients in float64 numpy, token by token."""
+"""The gated delta rule, its gradients, and what it reads, in float64 numpy."""
 
 import mlx.core as mx
 import numpy as np
@@ -128,3 +128,54 @@ def values_and_gradients(form, case, dtype=mx.float32):
     values = list(arrays(case, dtype).values())
     found = mx.grad(weighted_sum(form, case), argnums=tuple(range(6)))(*values)
     return [np.array(x) for x in (*form(*values), *found)]
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def normed(x, eps):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
+
+
+def plain(x):
+    return None if x is None else np.array(x.astype(mx.float32), np.float64)
+
+
+def from_projections(
+    q, k, v, a, b, weights, past=None, offset=0, mask=None, lengths=None, rotation=None
+):
+    """What gated_delta_inputs returns for these arrays."""
+    (B, T, H), (D,) = a.shape, weights.q_norm.shape
+    q, k, v, a, b, past = map(plain, (q, k, v, a, b, past))
+    if weights.convolution is None:
+        past = None
+    else:
+        qkv = np.concatenate([q, k, v], axis=-1)
+        if mask is not None:
+            qkv = np.where(np.array(mask)[..., None], qkv, 0)
+        taken = np.concatenate([plain(w)[..., 0] for w in weights.convolution])
+        taps = taken.shape[1]
+        if past is None:
+            past = np.zeros((B, taps - 1, 3 * H * D))
+        entries = np.concatenate([past, qkv], axis=1)
+        qkv = sum(entries[:, j : j + T] * taken[:, j] for j in range(taps))
+        q, k, v = np.split(qkv * sigmoid(qkv), 3, axis=-1)
+        ends = np.full(B, T) if lengths is None else np.clip(np.array(lengths), 0, T)
+        past = np.stack([x[end : end + taps - 1] for x, end in zip(entries, ends)])
+    q, k, v = (x.reshape(B, T, H, D) for x in (q, k, v))
+    q = normed(q, weights.norm_eps) * plain(weights.q_norm)
+    k = normed(k, weights.norm_eps) * plain(weights.k_norm)
+    if rotation is not None:
+        offset = np.atleast_1d(np.array(offset))[:, None]
+        positions = np.broadcast_to(offset + np.arange(T), (B, T)).astype(np.float32)
+        # The angle is a float32 product in every implementation.
+        angle = (positions[..., None] * np.array(rotation.frequencies)).astype(np.float64)
+        cosine, sine = (rotation.scale * f(angle)[:, :, None] for f in (np.cos, np.sin))
+        q, k = (
+            np.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
+            for a, b in (np.split(x, 2, axis=-1) for x in (q, k))
+        )
+    q, k = (x / np.sqrt((x**2).sum(-1, keepdims=True) + 1e-6) for x in (q, k))
+    g = np.exp(-np.exp(plain(weights.A_log)) * np.logaddexp(0, a + plain(weights.dt_bias)))
+    return q * D**-0.5, k, v, g, sigmoid(b), past

@@ -31,6 +31,7 @@ from mlx_lm.utils import load_model, quantize_model, save_model
 import mlx_hydra.convert
 import mlx_hydra.hub
 from mlx_hydra.models.hydrahead import may_cast
+from mlx_hydra.ops.gated_delta_inputs import short_convolution
 
 GOLDEN_QWEN3 = ["qwen3_tied", "qwen3_untied", "qwen3_yarn"]
 GOLDEN_HYDRAHEAD = ["hydrahead_paper", "hydrahead_ragged", "hydrahead_plain"]
@@ -164,7 +165,7 @@ def test_what_is_new_starts_where_it_should(tmp_path):
     assert tiny.distance(mx.sigmoid(linear.b_proj(x)), mx.full((1, 5, linear.n_heads), 0.5)) == 0
 
     inputs = mx.random.normal((1, 7, 3 * 16 * linear.n_heads), key=mx.random.key(2))
-    assert tiny.distance(linear._short_conv(inputs, None, None), inputs) == 0
+    assert tiny.distance(short_convolution(inputs, linear.weights.convolution)[0], inputs) == 0
 
 
 def test_the_config_is_the_teachers_and_the_recipe(tmp_path):

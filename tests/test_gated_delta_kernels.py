@@ -15,8 +15,11 @@ from delta_reference import (
     inputs,
     output_slopes,
     recurrence,
+    states,
     values_and_gradients,
+    without_masked,
 )
+from delta_reference import checkpoints as true_checkpoints
 from metalsim.testing import AppleGatedDelta
 
 from mlx_hydra import kernels
@@ -178,6 +181,102 @@ def test_checkpoints_are_the_states_before_each_segment(kernel_backend, T):
         assert_close(checkpoints[:, :, n], state)
         segment = {name: x[:, n * CHUNK : (n + 1) * CHUNK] for name, x in exact.items()}
         _, state = recurrence(**segment, state=state)
+
+
+def check_segments(backend, case, dtype, segments, mask=None):
+    """y, the new state and the state before each 64 tokens, of segments run side by side."""
+    given, exact = in_type(case, dtype)
+    y, state, checkpoints = gated_delta_kernels(
+        backend,
+        **given,
+        mask=None if mask is None else mx.array(mask),
+        save=True,
+        segments=segments,
+    )
+    assert (y.dtype, state.dtype) == (dtype, mx.float32)
+    exact = without_masked(exact, mask)
+    every_state = states(**exact)
+    expected = np.einsum("tbhvk,bthk->bthv", every_state[1:], exact["q"])
+    assert_close(y, expected, dtype)
+    assert_close(state, every_state[-1], dtype)
+    assert_close(checkpoints, true_checkpoints(every_state), dtype)
+
+
+SEGMENTED = [
+    (300, 32, 32, mx.float32, 3),
+    (129, 32, 32, mx.float32, 2),
+    (200, 32, 32, mx.bfloat16, 9),
+    (193, 32, 32, mx.float16, 3),
+    (130, 48, 16, mx.float32, 3),
+    (65, 16, 80, mx.bfloat16, 2),
+    (129, 128, 128, mx.bfloat16, 3),
+]
+LONG = [(2048, 128, 8), (2047, 128, 31), (1025, 256, 4)]
+if not SIMULATED:
+    SEGMENTED += [(T, D, D, dtype, count) for T, D, count in LONG for dtype in TYPES]
+
+
+@pytest.mark.parametrize("T, Dk, Dv, dtype, segments", SEGMENTED)
+def test_segments_side_by_side_give_the_recurrence(kernel_backend, T, Dk, Dv, dtype, segments):
+    B, H = (2, 3) if Dk < 128 else (1, 1)
+    # What one segment knows is still known in the last.
+    case = inputs(T, B=B, H=H, Dk=Dk, Dv=Dv, g=DECAYS["next to 1"], seed=T)
+    check_segments(kernel_backend, case, dtype, segments)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("decay", DECAYS)
+def test_no_decay_costs_digits_where_segments_meet(kernel_backend, decay, dtype):
+    case = inputs(150, H=1, Dk=32, Dv=32, g=DECAYS[decay])
+    check_segments(kernel_backend, case, dtype, segments=3)
+
+
+def test_a_large_state_may_decay_from_segment_to_segment(kernel_backend):
+    case = inputs(128, Dk=32, Dv=32, g=lambda rng, shape: np.full(shape, 0.85))
+    case["beta"][:] = 1e-2
+    case["state"] *= 1e4
+    check_segments(kernel_backend, case, mx.float16, segments=2)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_segments_may_be_masked_in_part_or_whole(kernel_backend, dtype):
+    t = np.arange(150)
+    mask = np.stack([(t > 3) & (t < 140), (t < 30) | (t >= 128)])
+    case = inputs(150, B=2, Dk=32, Dv=32, g=DECAYS["next to 1"])
+    for name in NAMES[:-1]:
+        case[name][~mask] = np.nan
+    check_segments(kernel_backend, case, dtype, 3, mask)
+
+
+@pytest.mark.skipif(not metalsim.available(), reason="what CUDA does, in the simulator")
+@pytest.mark.parametrize(
+    "Dk, Dv, dtype, masked", [(32, 32, mx.bfloat16, True), (48, 96, mx.float32, False)]
+)
+def test_the_next_chunk_may_be_copied_past_the_registers(monkeypatch, Dk, Dv, dtype, masked):
+    read_text = kernels.read_text
+
+    def copying(name):
+        return read_text(name).replace("bool COPIES = false", "bool COPIES = true")
+
+    monkeypatch.setattr(kernels, "read_text", copying)
+    kernels.cache_clear()
+    case, mask = inputs(150, B=2, Dk=Dk, Dv=Dv, g=DECAYS["next to 1"]), None
+    if masked:
+        mask = np.random.default_rng(3).random((2, 150)) < 0.8
+        for name in NAMES[:-1]:
+            case[name][~mask] = np.nan
+    with metalsim.metal(checked=True):
+        check_segments("metal", case, dtype, 2, mask)
+    kernels.cache_clear()
+
+
+def test_segments_where_heads_alone_leave_a_gpu_idle():
+    segments = sys.modules["mlx_hydra.ops.gated_delta"]._segments
+    assert segments("cuda", B=1, T=4096, H=14, Dv=128) > 2
+    assert segments("cuda", B=1, T=256, H=14, Dv=128) == 1
+    assert segments("cuda", B=16, T=4096, H=14, Dv=128) == 1
+    assert segments("cuda", B=1, T=16384, H=1, Dv=16) <= 64
+    assert segments("metal", B=1, T=4096, H=14, Dv=128) == 1
 
 
 @pytest.mark.parametrize("rows", [16, 32, 48, 96])

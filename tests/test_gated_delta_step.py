@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import tiny
+from delta_reference import from_projections, normed, plain, sigmoid
 
 from mlx_hydra import kernels
 from mlx_hydra.ops import gated_delta_step as module
@@ -26,15 +27,16 @@ BASE = {
     "mask": False,
     "fresh": False,
     "decay": "usual",
+    "others": 0,
 }
 
 # Each names what differs from BASE; all run everywhere.
 CASES = [
     {},
     {"T": 8, "D": 64, "F": 0, "B": 3, "offset": "a sequence"},
-    {"T": 3, "D": 128, "taps": 2, "dtype": "bfloat16"},
+    {"T": 3, "D": 128, "taps": 2, "dtype": "bfloat16", "others": 3},
     {"T": 2, "D": 256, "dtype": "float16", "H": 1, "full_gated": False},
-    {"T": 8, "D": 256, "F": 2, "taps": 8, "gated": False, "H": 1},
+    {"T": 8, "D": 256, "F": 2, "taps": 8, "gated": False, "H": 1, "others": 7},
     {"T": 5, "taps": 0, "rope": None, "eps": None, "full_eps": None, "F": 3},
     {"T": 7, "B": 2, "mask": True, "decay": "none", "dtype": "bfloat16"},
     {"T": 6, "D": 64, "B": 3, "mask": True, "taps": 0, "decay": "near zero"},
@@ -58,14 +60,6 @@ def label(case):
     return " ".join(f"{k}={v}" for k, v in case.items()) or "base"
 
 
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
-
-
-def normed(x, eps):
-    return x / np.sqrt((x**2).mean(-1, keepdims=True) + eps)
-
-
 def inputs(case, seed=0):
     """Random arguments, in the types that the kernel takes."""
     B, T, H, F, D, taps = (case[k] for k in ("B", "T", "H", "F", "D", "taps"))
@@ -77,7 +71,7 @@ def inputs(case, seed=0):
 
     C = H * D
     first = 5 + (F * D if case["full_gated"] else 0)
-    width = first + (3 + case["gated"]) * C + 2 * H
+    width = first + (3 + case["gated"]) * C + 2 * H + case["others"]
     A_log = {
         "usual": rng.uniform(-2, 1, H),
         "none": np.full(H, -200.0),
@@ -111,43 +105,18 @@ def inputs(case, seed=0):
     }
 
 
-def plain(x):
-    return None if x is None else np.array(x.astype(mx.float32), np.float64)
-
-
 def reference(case, arguments):
     """The layer in float64: out, state and past."""
-    B, T, H, F, D, taps = (case[k] for k in ("B", "T", "H", "F", "D", "taps"))
-    x, weights = plain(arguments["projected"]), arguments["weights"]
-    first, C = arguments["first"], H * D
+    B, T, H, F, D = (case[k] for k in ("B", "T", "H", "F", "D"))
+    x, first, C = plain(arguments["projected"]), arguments["first"], H * D
     valid = np.ones((B, T), bool) if arguments["mask"] is None else np.array(arguments["mask"])
-    qkv = x[..., first : first + 3 * C]
-    past = plain(arguments["past"])
-    if taps:
-        past = np.zeros((B, taps - 1, 3 * C)) if past is None else past
-        entries = np.concatenate([past, np.where(valid[..., None], qkv, 0)], axis=1)
-        taken = np.concatenate([plain(w)[..., 0] for w in weights.convolution])
-        qkv = sum(entries[:, j : j + T] * taken[:, j] for j in range(taps))
-        qkv, past = qkv * sigmoid(qkv), entries[:, T:]
-    q, k, v = (part.reshape(B, T, H, D) for part in np.split(qkv, 3, axis=-1))
-    q = normed(q, weights.norm_eps) * plain(weights.q_norm)
-    k = normed(k, weights.norm_eps) * plain(weights.k_norm)
-    if (rotation := arguments["rotation"]) is not None:
-        offset = np.atleast_1d(np.array(arguments["offset"]))[:, None]
-        positions = np.broadcast_to(offset + np.arange(T), (B, T)).astype(np.float32)
-        # The angle is a float32 product in every implementation.
-        angle = (positions[..., None] * np.array(rotation.frequencies)).astype(np.float64)
-        cosine, sine = (rotation.scale * f(angle)[:, :, None] for f in (np.cos, np.sin))
-        q, k = (
-            np.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1)
-            for a, b in (np.split(part, 2, axis=-1) for part in (q, k))
-        )
-    q, k = (part / np.sqrt((part**2).sum(-1, keepdims=True) + 1e-6) for part in (q, k))
-    q = q * D**-0.5
     at = first + (3 + case["gated"]) * C
-    a, b = x[..., at : at + H], x[..., at + H :]
-    decay = np.exp(-np.exp(plain(weights.A_log)) * np.logaddexp(0, a + plain(weights.dt_bias)))
-    rate = sigmoid(b)
+    ends = [first, first + C, first + 2 * C, first + 3 * C, at, at + H, at + 2 * H]
+    _, q, k, v, _, a, b, _ = mx.split(arguments["projected"], ends, axis=-1)
+    names = ("weights", "past", "offset", "mask", "rotation")
+    q, k, v, decay, rate, past = from_projections(
+        q, k, v, a, b, **{name: arguments[name] for name in names}
+    )
     state = plain(arguments["state"])
     state = np.zeros((B, H, D, D)) if state is None else state
     heads = np.zeros((B, T, H, D))
@@ -197,6 +166,16 @@ def check(case, arguments, found, expected):
 )
 def test_a_step_is_the_layer_in_float64(case, kernel_backend):
     case = BASE | case
+    arguments = inputs(case)
+    found = gated_delta_step(**arguments, backend=kernel_backend)
+    check(case, arguments, found, reference(case, arguments))
+
+
+@pytest.mark.parametrize("D", [64, 128, 256])
+def test_threadgroups_of_the_other_backends_size(D, kernel_backend, monkeypatch):
+    other = {"metal": "cuda", "cuda": "metal"}[kernel_backend]
+    monkeypatch.setitem(module.MOST_THREADS, kernel_backend, module.MOST_THREADS[other])
+    case = BASE | {"T": 2, "D": D}
     arguments = inputs(case)
     found = gated_delta_step(**arguments, backend=kernel_backend)
     check(case, arguments, found, reference(case, arguments))
@@ -268,5 +247,5 @@ def test_without_a_gpu_the_parts_run(monkeypatch):
 
 
 def test_one_offset_serves_all_layers():
-    assert module._position(5) is module._position(5)
-    assert tiny.distance(module._position(7), np.array([7])) == 0
+    assert module.position(5) is module.position(5)
+    assert tiny.distance(module.position(7), np.array([7])) == 0

@@ -185,6 +185,18 @@ def test_a_tile_may_be_on_its_way_while_one_is_worked_on(
         Case(T, offset, 32).check(kernel_backend)
 
 
+@pytest.mark.parametrize("T, offset, extra", [(1, 1, 1000), (1, 300, 700), (9, 4, 900)])
+def test_position_and_scale_may_be_arrays(kernel_backend, T, offset, extra):
+    # Of the splits that the length of the buffers calls for some have nothing to read.
+    case = Case(T, offset, 32, extra=extra)
+    position, scale = mx.array([offset]), mx.array([case.scale], mx.float32)
+    case.check(kernel_backend, offset=position, scale=scale)
+    assert mx.array_equal(
+        case.run(kernel_backend, offset=position, scale=scale),
+        case.run(kernel_backend, offset=mx.array([offset]), scale=case.scale),
+    )
+
+
 def test_threadgroups_are_not_without_number(monkeypatch, kernel_backend):
     monkeypatch.setattr(MODULE, "DECODE_SPLIT", (4, 12))
     calls = recorded(monkeypatch)

@@ -122,6 +122,15 @@ def test_every_kernel_says_what_it_is_before_it_begins():
             assert word.lower() in head[0].lower(), f"{file.name} does not tell its {word}"
 
 
+def test_member_functions_say_where_their_object_lies():
+    # From Metal 4.1 on it may lie anywhere unless they do, and its arrays are no `thread` pointers.
+    headers = "".join(file.read_text() for file in kernels.folder().glob("*.h"))
+    members = re.findall(r"^ +METAL_FUNC [^{]*\{", headers, re.MULTILINE)
+    assert members
+    for member in members:
+        assert re.search(r"\) (const )?thread \{$", member), member
+
+
 @pytest.fixture
 def cuda_names(monkeypatch):
     """What MLX names the CUDA kernels that are called; none runs, and outputs are zeros."""
@@ -159,6 +168,26 @@ def test_the_name_of_a_cuda_kernel_is_one_word(cuda_names, full_gate):
         backend="cuda",
     )
     assert re.fullmatch(r"\w+", cuda_names[0])
+
+
+def test_large_outputs_of_cuda_kernels_are_filled_first(monkeypatch):
+    values = []
+
+    def cuda_kernel(**_):
+        def call(output_shapes, init_value=None, **_):
+            values.append((output_shapes[0], init_value))
+            return [None]
+
+        return call
+
+    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
+    kernels.cache_clear()
+    kernel = kernels.Kernel("fuse_heads", ("o", "gamma", "gate", "eps"), ("out",), ("heads.h",))
+    launch = {"groups": (1, 1, 1), "threads": (32, 1, 1), "template": []}
+    for size in (1 << 10, 1 << 20):
+        kernel("cuda", [], output_shapes=[(size,)], output_dtypes=[mx.float32], **launch)
+    kernels.cache_clear()
+    assert values == [((1 << 10,), None), ((1 << 20,), 0)]
 
 
 def test_cuda_kernels_for_other_types_have_other_names(cuda_names):

@@ -44,13 +44,24 @@ def separately(layers, x=X):
     return mx.concatenate([layer(x) for layer in layers], axis=-1)
 
 
+def width_of(layers):
+    return separately(layers).shape[-1]
+
+
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_it_gives_what_the_layers_give_one_by_one(make):
     layers, expected = make(), separately(make())
     together = SideBySide()
-    assert tiny.distance(together(X, layers), expected) < 1e-4
+    width = width_of(layers)
+    found = together(X, layers)
+    assert tiny.distance(found[..., :width], expected) < 1e-4
+    assert found.shape[-1] - width < 8
+    assert not found[..., width:].any()
     assert tiny.distance(separately(layers), expected) < 1e-4
-    assert tiny.distance(together(X[:1], layers), expected[:1]) < 1e-4
+    assert tiny.distance(together(X[:1], layers)[..., :width], expected[:1]) < 1e-4
+    apart = together.apart(X, layers)
+    assert [x.shape[-1] for x in apart] == [layer(X).shape[-1] for layer in make()]
+    assert tiny.distance(mx.concatenate(apart, axis=-1), expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -81,11 +92,11 @@ def test_weights_that_were_replaced_are_taken_up():
     layers, together = LAYERS["some with a bias"](), SideBySide()
     together(X, layers)
     layers[1].weight = layers[1].weight + 1
-    assert tiny.distance(together(X, layers), separately(layers)) < 1e-4
+    assert tiny.distance(together(X, layers)[..., : width_of(layers)], separately(layers)) < 1e-4
     layers[2].bias = layers[2].bias + 1
-    assert tiny.distance(together(X, layers), separately(layers)) < 1e-4
+    assert tiny.distance(together(X, layers)[..., : width_of(layers)], separately(layers)) < 1e-4
     layers[0] = quantized(32)
-    assert tiny.distance(together(X, layers), separately(layers)) < 1e-4
+    assert tiny.distance(together(X, layers)[..., : width_of(layers)], separately(layers)) < 1e-4
 
 
 def test_weights_that_stay_are_joined_once(monkeypatch):

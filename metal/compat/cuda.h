@@ -349,3 +349,14 @@ METAL_FUNC float power_of_two(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
+
+namespace metal {
+namespace fast {
+
+// x / y to two units in the last place; zero where y is over 2^126.
+METAL_FUNC float divide(float x, float y) {
+  return __fdividef(x, y);
+}
+
+} // namespace fast
+} // namespace metal

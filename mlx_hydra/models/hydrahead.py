@@ -16,6 +16,8 @@ from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import LayerHeads, ModelArgs
 from ..ops import fuse_heads, gated_delta, head_attention
+from ..ops.backend import kernels_run
+from ..ops.gated_delta_inputs import gated_delta_inputs
 from ..ops.gated_delta_step import Rotation, Weights, gated_delta_step, step_backend
 from .cache import (
     CONV,
@@ -26,9 +28,8 @@ from .cache import (
     make_cache,
     padding_mask,
 )
+from .compiled_step import CompiledStep, KVBuffers
 from .side_by_side import SideBySide
-
-L2_NORM_EPS = 1e-6
 
 
 def may_quantize(path: str) -> bool:
@@ -54,14 +55,8 @@ def rope_for(args: ModelArgs) -> nn.Module:
         raise ValueError(f"rope_scaling={args.rope_scaling!r}: {error} is missing.") from error
 
 
-def l2_norm(x: mx.array) -> mx.array:
-    """``x / sqrt(sum(x^2) + L2_NORM_EPS)`` over the last axis, by MLX's RMSNorm."""
-    D = x.shape[-1]
-    return D**-0.5 * mx.fast.rms_norm(x, None, L2_NORM_EPS / D)
-
-
 def rotation_of(rope: nn.Module, dim: int) -> Optional[Rotation]:
-    """What a RoPE module does, for the fused step; None if that depends on the length."""
+    """What a RoPE module does, for the kernels; None if that depends on the length."""
     if isinstance(rope, nn.RoPE):
         periods = rope.base ** (mx.arange(0, dim, 2, dtype=mx.float32) / dim)
         return Rotation(rope.scale / periods)
@@ -122,6 +117,8 @@ class FullAttention(nn.Module):
             if T == 1 and isinstance(offset, int):
                 # One position: its factor is a number, and costs no operation.
                 scale *= math.log(offset + a) / math.log(a)
+            elif isinstance(cache, KVBuffers):
+                scale = mx.log(offset + a) * (scale / math.log(a))
             else:
                 q = (q * self._log_scale(T, offset)).astype(q.dtype)
 
@@ -137,7 +134,7 @@ class FullAttention(nn.Module):
             v,
             self.kv_index,
             scale=scale,
-            offset=keys.shape[2] - T,
+            offset=offset if isinstance(cache, KVBuffers) else keys.shape[2] - T,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
         )
@@ -182,31 +179,30 @@ class LinearAttention(nn.Module):
         self.A_log = mx.zeros((H,))
         self.dt_bias = mx.zeros((H,))
 
-    def __call__(self, x, mask, cache, offset) -> tuple[mx.array, Optional[mx.array]]:
-        B, T, _ = x.shape
-        qkv = mx.concatenate([self.q_proj(x), self.k_proj(x), self.v_proj(x)], axis=-1)
-        if "q_conv1d" in self:
-            qkv = nn.silu(self._short_conv(qkv, mask, cache))
-        q, k, v = (part.reshape(B, T, self.n_heads, -1) for part in mx.split(qkv, 3, axis=-1))
-
-        q, k = self.q_norm(q), self.k_norm(k)
-        if "rope" in self:
-            q, k = (self._rotate(part, offset) for part in (q, k))
-        q, k = self.head_dim**-0.5 * l2_norm(q), l2_norm(k)
-
-        step = nn.softplus(self.a_proj(x).astype(mx.float32) + self.dt_bias)
-        g = mx.exp(-mx.exp(self.A_log) * step)
-        beta = mx.sigmoid(self.b_proj(x).astype(mx.float32))
+    def __call__(
+        self, x, mask, cache, offset, projected=None
+    ) -> tuple[mx.array, Optional[mx.array]]:
+        q, k, v, *gate, a, b = projected or [projection(x) for projection in self.projections]
+        q, k, v, g, beta, past = gated_delta_inputs(
+            *(q, k, v, a, b, self.weights),
+            None if cache is None or not self.taps else cache[CONV],
+            offset=offset,
+            mask=mask,
+            lengths=None if cache is None else cache.lengths,
+            rope=self.rope if "rope" in self else None,
+            rotation=self._rotation,
+        )
         state = None if cache is None else cache[RECURRENT]
         o, state = gated_delta(q, k, v, g, beta, state, mask)
         if cache is not None:
             cache[RECURRENT] = state
-            cache.advance(T)
+            if self.taps:
+                cache[CONV] = past
+            cache.advance(x.shape[1])
             # Else all layers' states are made at the end of a prefill step, and until then each
             # holds the sequences it is made from.
             o = mx.depends(o, [s for s in cache.cache if s is not None])
-        gate = self.g_proj(x) if "g_proj" in self else None
-        return o, gate
+        return o, gate[0] if gate else None
 
     def step_backend(self, x, cache) -> str:
         """What runs :meth:`step` on the next tokens; ``"ops"`` where nothing does."""
@@ -220,12 +216,12 @@ class LinearAttention(nn.Module):
         gate = [self.g_proj] if "g_proj" in self else []
         return [self.q_proj, self.k_proj, self.v_proj, *gate, self.a_proj, self.b_proj]
 
-    def step(self, projected, mask, cache, offset, **others) -> mx.array:
-        """What :func:`gated_delta_step` makes of the projections of a few tokens."""
+    @property
+    def weights(self) -> Weights:
         convolution = None
         if self.taps:
             convolution = self.q_conv1d.weight, self.k_conv1d.weight, self.v_conv1d.weight
-        weights = Weights(
+        return Weights(
             self.q_norm.weight,
             self.k_norm.weight,
             self.A_log,
@@ -233,9 +229,12 @@ class LinearAttention(nn.Module):
             self.q_norm.eps,
             convolution,
         )
+
+    def step(self, projected, mask, cache, offset, **others) -> mx.array:
+        """What :func:`gated_delta_step` makes of the projections of a few tokens."""
         o, state, past = gated_delta_step(
             projected,
-            weights,
+            self.weights,
             state=cache[RECURRENT],
             past=cache[CONV] if self.taps else None,
             offset=offset,
@@ -248,31 +247,6 @@ class LinearAttention(nn.Module):
             cache[CONV] = past
         cache.advance(projected.shape[1])
         return o
-
-    def _rotate(self, x, offset):
-        return self.rope(x.transpose(0, 2, 1, 3), offset=offset).transpose(0, 2, 1, 3)
-
-    def _short_conv(self, qkv, mask, cache):
-        """Causal depthwise convolution over time; the cache holds the inputs that it still sees."""
-        weight = mx.concatenate(
-            [conv.weight[..., 0] for conv in (self.q_conv1d, self.k_conv1d, self.v_conv1d)]
-        )
-        B, T, C = qkv.shape
-        K = weight.shape[1]
-        if mask is not None:
-            qkv = mx.where(mask[..., None], qkv, 0)
-        past = None if cache is None else cache[CONV]
-        if past is None:
-            past = mx.zeros((B, K - 1, C), qkv.dtype)
-        inputs = mx.concatenate([past, qkv], axis=1)
-        if cache is not None:
-            if cache.lengths is not None:
-                ends = mx.clip(cache.lengths, 0, T)
-                kept = (ends[:, None] + mx.arange(K - 1))[..., None]
-                cache[CONV] = mx.take_along_axis(inputs, kept, axis=1)
-            else:
-                cache[CONV] = mx.contiguous(inputs[:, T:])
-        return sum(inputs[:, j : j + T] * weight[:, j] for j in range(K))
 
 
 class Fusion(nn.Module):
@@ -312,13 +286,17 @@ class Attention(nn.Module):
         """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first."""
         if (backend := self.step_backend(x, cache)) != "ops":
             return self._step(x, full_mask, linear_mask, cache, offset, backend)
-        outputs = []
+        outputs, of_full, of_linear = [], None, None
+        if "linear" in self and cache is not None and not self.training and kernels_run():
+            of_full = self.full.projections if "full" in self else []
+            projected = self._side_by_side.apart(x, of_full + self.linear.projections)
+            of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
         if "full" in self:
-            o, gate = self.full(x, full_mask, full_part(cache), offset)
+            o, gate = self.full(x, full_mask, full_part(cache), offset, of_full)
             full = slice(None, self.n_full)
             outputs.append(self._fuse(o, gate, full, self.full_eps, "sigmoid"))
         if "linear" in self:
-            o, gate = self.linear(x, linear_mask, linear_part(cache), offset)
+            o, gate = self.linear(x, linear_mask, linear_part(cache), offset, of_linear)
             linear = slice(self.n_full, None)
             outputs.append(self._fuse(o, gate, linear, self.linear_eps, "silu"))
         o = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
@@ -372,8 +350,8 @@ class TransformerBlock(nn.Module):
         mlp, x = self.mlp, self.post_attention_layernorm(h)
         if self.self_attn.step_backend(x, cache) == "ops":
             return h + mlp(x)
-        both = self._side_by_side(x, [mlp.gate_proj, mlp.up_proj])
-        return h + mlp.down_proj(swiglu(*mx.split(both, 2, axis=-1)))
+        gate, up = self._side_by_side.apart(x, [mlp.gate_proj, mlp.up_proj])
+        return h + mlp.down_proj(swiglu(gate, up))
 
 
 class HydraHeadModel(nn.Module):
@@ -382,6 +360,7 @@ class HydraHeadModel(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [TransformerBlock(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
+        self._compiled_step = CompiledStep()
 
     def __call__(
         self,
@@ -392,6 +371,10 @@ class HydraHeadModel(nn.Module):
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         if cache is None:
             cache = [None] * len(self.layers)
+        compiles = self._compiled_step.takes(self.layers, h, cache)
+        if compiles and self._compiled_step.remembers(self.layers):
+            return self.norm(self._compiled_step(self.layers, h, cache))
+
         # Linear layers keep no offset: all layers take it from the first that caches keys.
         first_full = next((c for c in map(full_part, cache) if c is not None), None)
         first_linear = next((c for c in map(linear_part, cache) if c is not None), None)
@@ -402,6 +385,8 @@ class HydraHeadModel(nn.Module):
 
         for layer, c in zip(self.layers, cache):
             h = layer(h, full_mask, linear_mask, c, offset)
+        if compiles:
+            self._compiled_step.remember(self.layers)
         return self.norm(depends_on_counters(h, cache))
 
 

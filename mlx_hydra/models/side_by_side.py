@@ -2,14 +2,14 @@
 
 import copy
 from collections.abc import Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 
 import mlx.core as mx
 import mlx.nn as nn
 
 
 class SideBySide:
-    """Runs linear layers of one input together, for decode steps, where each product costs a start.
+    """Runs linear layers of one input together, as each product costs a start, and small ones more.
 
     Neighbours of one kind are joined: their weights become slices of one array, so that nothing
     is held twice, and they remain the layers they were. Once a layer's weights have been replaced
@@ -21,16 +21,34 @@ class SideBySide:
         self._parts, self._joined = [], []
 
     def __call__(self, x: mx.array, layers: Sequence[nn.Module]) -> mx.array:
-        """The layers' outputs for ``x [..., dim]``, one after the other on the last axis."""
+        """The layers' outputs for ``x [..., dim]``, one after the other on the last axis.
+
+        Up to seven zeros follow.
+        """
+        *products, (layer, _) = self._products(layers)
+        outputs = [layer(x)[..., : ends[-1]] for layer, ends in products] + [layer(x)]
+        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+
+    def apart(self, x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
+        """The layers' outputs, each by itself: slices, where a product has several."""
+        outputs = []
+        for layer, ends in self._products(layers):
+            output = layer(x)
+            outputs += mx.split(output, ends, axis=-1)[: len(ends)] if len(ends) > 1 else [output]
+        return outputs
+
+    def _products(self, layers):
+        """Pairs of a layer and where in its output those that it stands for end."""
         parts = [part for layer in layers for part in layer.values()]
         if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts)):
-            self._joined = [
-                group if kind is None else [_join(group)]
-                for kind, group in ((k, list(g)) for k, g in groupby(layers, _kind))
-            ]
+            self._joined = []
+            for kind, group in ((kind, list(group)) for kind, group in groupby(layers, _kind)):
+                if kind is None:
+                    self._joined += [(layer, [None]) for layer in group]
+                else:
+                    self._joined.append((_join(group), _ends(group)))
             self._parts = [part for layer in layers for part in layer.values()]
-        outputs = [layer(x) for group in self._joined for layer in group]
-        return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+        return self._joined
 
 
 def _kind(layer):
@@ -43,12 +61,19 @@ def _kind(layer):
     return None
 
 
+def _ends(layers):
+    """Where the layers' outputs end, side by side."""
+    return list(accumulate(layer.weight.shape[0] for layer in layers))
+
+
 def _join(layers):
     if len(layers) == 1:
         return layers[0]
     joined = copy.copy(layers[0])
     sizes = [layer.weight.shape[0] for layer in layers]
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+    ends = _ends(layers)
+    # cuBLAS leaves its fast products to rows of whole 16 bytes.
+    padding = -ends[-1] % 8 if type(joined) is nn.Linear else 0
     biases = [layer["bias"] for layer in layers if "bias" in layer]
     if biases:
         joined.bias = mx.concatenate(
@@ -56,12 +81,16 @@ def _join(layers):
                 layer["bias"] if "bias" in layer else mx.zeros(size, biases[0].dtype)
                 for layer, size in zip(layers, sizes)
             ]
+            + [mx.zeros(padding, biases[0].dtype)]
         )
         mx.eval(joined.bias)
     for name in ("weight", "scales", "biases"):
         if name in joined:
-            joined[name] = mx.concatenate([layer[name] for layer in layers])
-            slices = mx.split(joined[name], ends)
+            weights = [layer[name] for layer in layers]
+            if padding:
+                weights.append(mx.zeros((padding, weights[0].shape[1]), weights[0].dtype))
+            joined[name] = mx.concatenate(weights)
+            slices = mx.split(joined[name], ends)[: len(ends)]
             # Now, not with all layers of a model at once: until then both copies are held.
             mx.eval(joined[name], slices)
             for layer, part in zip(layers, slices):

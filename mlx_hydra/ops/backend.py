@@ -40,6 +40,12 @@ def resolve_backend(backend: str = "auto", supported: tuple[str, ...] = ("ops",)
     return backend
 
 
+def kernels_run() -> bool:
+    """Whether ``"auto"`` takes the kernels of this machine's GPU, for calls that they support."""
+    gpu = kernels.gpu_backend()
+    return gpu is not None and _automatic((gpu, "ops")) != "ops"
+
+
 def _automatic(supported):
     wanted = os.environ.get(ENVIRONMENT_VARIABLE, "auto")
     _check_name(ENVIRONMENT_VARIABLE, wanted)

@@ -20,19 +20,25 @@ _SMALLEST_DECAY = 1.2e-38
 # The side of the kernels' tiles, and their tokens at a time; see metal/gated_delta_chunk.metal.
 _TILE = 16
 
+# The floats that gated_delta_prepare finds for so many tokens: two matrices, two decays a token.
+_PREPARED = 2 * _TILE * _TILE + 2 * _TILE
+
+# SIMD-groups that run at once on an H100, two to each of its 4 x 132 schedulers; and the fewest
+# tokens worth a segment.
+_SIMDGROUPS = 1056
+_SEGMENT = 256
+
 _HEADERS = ("tile.h", "gated_delta.h")
 _PREPARE = kernels.Kernel(
-    "gated_delta_prepare",
-    ("q", "k", "g", "beta", "mask"),
-    ("inverse", "scores", "decays"),
-    _HEADERS,
+    "gated_delta_prepare", ("q", "k", "g", "beta", "mask"), ("prepared",), _HEADERS
 )
 _CHUNK = kernels.Kernel(
     "gated_delta_chunk",
-    ("q", "k", "v", "mask", "state", "inverse", "scores", "decays"),
+    ("q", "k", "v", "mask", "state", "prepared"),
     ("y", "new_state", "checkpoints"),
     _HEADERS,
 )
+_STARTS = kernels.Kernel("gated_delta_starts", ("state", "ends"), ("starts",), _HEADERS)
 
 
 def gated_delta(
@@ -101,12 +107,17 @@ def _differentiable(backend, mask):
     return forward
 
 
-def gated_delta_kernels(backend, q, k, v, g, beta, state, mask, *, save=False, rows=None):
+def gated_delta_kernels(
+    backend, q, k, v, g, beta, state, mask, *, save=False, rows=None, segments=None
+):
     """The forward kernels, without a gradient. Between them lie 136 bytes a head and token.
 
     Args:
         save: whether to write the state before each ``CHUNK`` tokens.
         rows: of the state, in one threadgroup: a multiple of 16 that divides Dv.
+        segments: at most how many parts of the sequence run side by side, each of a multiple of
+            ``CHUNK`` tokens. More than one take up to 2.3 times the products where Dk = Dv,
+            and three states each.
 
     Returns:
         y, the new state, and float32 checkpoints ``[B, H, ceil(T / CHUNK), Dv, Dk]`` or nothing
@@ -118,35 +129,69 @@ def gated_delta_kernels(backend, q, k, v, g, beta, state, mask, *, save=False, r
     # No kernel reads a mask that it is not told of.
     masked = mask is not None
     mask = mx.contiguous(mask) if masked else g
-    rows = rows or _rows(Dk, Dv, q.dtype)
-    chunks, segments = -(-T // _TILE), -(-T // CHUNK)
-    prepared = _PREPARE(
+    chunks, blocks = -(-T // _TILE), -(-T // CHUNK)
+    [prepared] = _PREPARE(
         backend,
         [q, k, g, beta, mask],
         template=[("T", q.dtype), ("Dk", Dk), ("masked", masked)],
         groups=(chunks, H, B),
         threads=(32, 1, 1),
-        output_shapes=[(B, H, chunks, n) for n in (_TILE**2, _TILE**2, 2 * _TILE)],
-        output_dtypes=[mx.float32] * 3,
-    )
-    template = {"Dk": Dk, "Dv": Dv, "slice": rows, "masked": masked, "save": save}
-    return _CHUNK(
-        backend,
-        [q, k, v, mask, state, *prepared],
-        template=[("T", q.dtype), *template.items()],
-        groups=(Dv // rows, H, B),
-        threads=(2 * rows, 1, 1),
-        output_shapes=[v.shape, state.shape, (B, H, segments, Dv, Dk) if save else (1,)],
-        output_dtypes=[v.dtype, mx.float32, mx.float32],
+        output_shapes=[(B, H, chunks, _PREPARED)],
+        output_dtypes=[mx.float32],
     )
 
+    def run(state, rows, runs, shapes, save=False, ends=False):
+        height = Dv + Dk if ends else Dv
+        rows = rows or _rows(backend, Dk, height, q.dtype)
+        flags = {"masked": masked, "save": save, "ends": ends}
+        return _CHUNK(
+            backend,
+            [q, k, v, mask, state, prepared],
+            template=[("T", q.dtype), ("Dk", Dk), ("Dv", Dv), ("slice", rows), *flags.items()],
+            groups=(height // rows, H * runs, B),
+            threads=(2 * rows, 1, 1),
+            output_shapes=shapes,
+            output_dtypes=[v.dtype, mx.float32, mx.float32],
+        )
 
-def _rows(Dk, Dv, dtype):
+    segments = segments or _segments(backend, B, T, H, Dv)
+    # The kernel finds their length from their number, and none is empty.
+    segments = -(-blocks // -(-blocks // segments))
+    starts = state
+    if segments > 1:
+        shape = (B, H, segments - 1, Dv + Dk, Dk)
+        ends = run(state, None, segments - 1, [(1,), shape, (1,)], ends=True)[1]
+        [starts] = _STARTS(
+            backend,
+            [state, ends],
+            template=[("Dk", Dk), ("Dv", Dv)],
+            groups=(Dv // _TILE, H, B),
+            threads=(2 * Dk, 1, 1),
+            output_shapes=[(B, H, segments, Dv, Dk)],
+            output_dtypes=[mx.float32],
+        )
+    checkpoints = (B, H, blocks, Dv, Dk) if save else (1,)
+    return run(starts, rows, segments, [v.shape, state.shape, checkpoints], save)
+
+
+def _rows(backend, Dk, height, dtype):
     """Rows of the state in a threadgroup: more of them share the reads of q and k, and more
     threadgroups fill a GPU. Wide keys need many threads to hold the next chunk's in registers.
     """
-    most = 128 if Dk * dtype.size > 512 else 64
-    return max(n for n in range(_TILE, most + 1, _TILE) if Dv % n == 0)
+    most = 128 if Dk * dtype.size > 512 else 32 if backend == "cuda" else 64
+    return max(n for n in range(_TILE, most + 1, _TILE) if height % n == 0)
+
+
+def _segments(backend, B, T, H, Dv):
+    """Parts of the sequence to run side by side: as many as fill the GPU, and none of few tokens.
+
+    A second part costs more than it saves; and Apple's GPUs, with fewer and narrower cores, have
+    enough to do with the heads.
+    """
+    if backend != "cuda":
+        return 1
+    segments = min(_SIMDGROUPS * _TILE // (B * H * Dv), T // _SEGMENT)
+    return segments if segments > 2 else 1
 
 
 def naive(q, k, v, g, beta, state, mask=None):

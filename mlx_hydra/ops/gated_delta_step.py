@@ -16,6 +16,10 @@ MOST_TOKENS = 8
 HEAD_DIMS = (32, 64, 128, 256)
 TAPS = (0, *range(2, 9))
 
+# Of a threadgroup, at most. Apple's GPUs before the M3 have registers for 1024 small threads or for
+# some 400 large ones, and MLX raises where a kernel asks for more.
+MOST_THREADS = {"metal": 256, "cuda": 512}
+
 KERNEL = kernels.Kernel(
     "gated_delta_step",
     (
@@ -93,7 +97,7 @@ def gated_delta_step(
     Args:
         projected: projections of x side by side ``[B, T, N]``, row-contiguous. From channel
             ``first`` on the linear heads' q, k, v, gate before its SiLU if they have one
-            (``H * D`` each), a and b (``H`` each), and nothing after them.
+            (``H * D`` each), a and b (``H`` each), and less than ``H * D`` others.
         weights: of the linear heads.
         gamma: float32 ``[F + H]``, full heads first.
         state: float32 ``[B, H, D, D]``; zeros where it is None.
@@ -122,12 +126,13 @@ def gated_delta_step(
     if taps and past is None:
         past = mx.zeros((B, taps - 1, 3 * H * D), projected.dtype)
     if isinstance(offset, int):
-        offset = _position(offset)
+        offset = position(offset)
 
     # A kernel has all its inputs always; others stand for those that it does not read.
     convolution = weights.convolution or (projected,) * 3
     past = mx.contiguous(past) if taps else projected
     frequencies, scale = (weights.A_log, 1.0) if rotation is None else rotation
+    threads = min(MOST_THREADS[backend], 8 * D)
     out, state, past = KERNEL(
         backend,
         [
@@ -139,13 +144,14 @@ def gated_delta_step(
         template=[
             *(("X", projected.dtype), ("P", past.dtype), ("W", convolution[0].dtype)),
             *(("H", H), ("F", F), ("D", D), ("TAPS", taps), ("N", N), ("FIRST", first)),
-            *(("GATED", N - first > (3 * D + 2) * H),),
+            *(("GATED", N - first >= (4 * D + 2) * H),),
             *(("FULL_GATE_AT", N if full_gate is None else full_gate),),
             *(("ROPE", rotation is not None), ("MASKED", mask is not None)),
             *(("NORM", eps is not None), ("FULL_NORM", full_eps is not None)),
+            ("THREADS", threads),
         ],
         groups=(F + H, B, 1),
-        threads=(min(512, 8 * D), 1, 1),
+        threads=(threads, 1, 1),
         output_shapes=[
             (B, T, (F + H) * D),
             (B, H, D, D),
@@ -157,6 +163,6 @@ def gated_delta_step(
 
 
 @lru_cache(maxsize=4)
-def _position(offset):
+def position(offset):
     """One array for all layers of a model."""
     return mx.array([offset], mx.int32)

@@ -8,7 +8,7 @@ from typing import NamedTuple, Optional, Union
 import mlx.core as mx
 
 from .. import kernels
-from .backend import resolve_backend
+from .backend import kernels_run, resolve_backend
 
 KeysOrValues = Union[mx.array, tuple[mx.array, mx.array, mx.array]]
 
@@ -42,7 +42,10 @@ BUFFERS = {"metal": 1, "cuda": 2}
 DECODE_SPLIT = (256, 4096)
 PREFILL_SPLIT = (512, 512)
 
-_INPUTS = ("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases", "mask", "params", "scale")
+_INPUTS = (
+    *("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases", "mask"),
+    *("layout", "position", "scale"),
+)
 _DECODE = kernels.Kernel(
     "head_attention_decode",
     _INPUTS,
@@ -64,8 +67,8 @@ def head_attention(
     v: KeysOrValues,
     kv_index: Union[Sequence[int], mx.array],
     *,
-    scale: float,
-    offset: int = 0,
+    scale: Union[float, mx.array],
+    offset: Union[int, mx.array] = 0,
     mask: Optional[mx.array] = None,
     group_size: Optional[int] = None,
     bits: Optional[int] = None,
@@ -81,7 +84,9 @@ def head_attention(
             size; a head of k and v that no query head names is not read. Best given as Python
             ints: an array is evaluated.
         scale: what the scores are multiplied by.
-        offset: query t sees the keys 0 .. offset + t.
+        offset: query t sees the keys 0 .. offset + t. Where :func:`takes_arrays` says so, scale
+            and offset may be arrays of one number, float32 and int32, that are not evaluated:
+            whether S is enough is not checked then.
         mask: bool ``[B, 1, T, S]``, in place of the causal rule (batches with padding).
         group_size, bits: how k and v are quantised; None for plain arrays.
         backend: ``"metal"`` and ``"cuda"`` are our kernels, for head sizes of 32, 64, 80, 96, 128
@@ -114,7 +119,7 @@ def head_attention(
         raise ValueError(
             f"head_attention: kv_index names KV head {bad[0]} of {Hk} (0 to {Hk - 1})."
         )
-    if offset + T > S:
+    if isinstance(offset, int) and offset + T > S:
         raise ValueError(f"head_attention: {S} keys for {T} queries at offset {offset}.")
 
     call = _Call(tuple(index), scale, offset, mask, group_size, bits)
@@ -124,12 +129,17 @@ def head_attention(
     return _by_kernels(q, k, v, call, chosen)
 
 
+def takes_arrays(dtype: mx.Dtype, head_dim: int) -> bool:
+    """Whether decode steps with keys of a dtype run on kernels, which read numbers from arrays."""
+    return dtype in DTYPES and head_dim in DECODE_HEAD_DIMS and kernels_run()
+
+
 class _Call(NamedTuple):
     """What head_attention is asked for, beside its differentiable inputs."""
 
     index: tuple[int, ...]
-    scale: float
-    offset: int
+    scale: Union[float, mx.array]
+    offset: Union[int, mx.array]
     mask: Optional[mx.array]
     group_size: Optional[int]
     bits: Optional[int]
@@ -194,10 +204,9 @@ def _by_kernels(q, k, v, call, backend):
 def _run(q, k, v, call, backend):
     B, Hf, T, D = q.shape
     S = (k if call.bits is None else k[0]).shape[2]
-    heads, largest = _heads_by_group(call.index)
-    n = heads[0]
+    n, heads, largest = _heads_by_group(call.index)
     queries = largest * T
-    total = call.offset + T if call.mask is None else S
+    total = call.offset + T if isinstance(call.offset, int) and call.mask is None else S
     size = q.dtype.size
 
     if queries <= DECODE_QUERIES and D in DECODE_HEAD_DIMS:
@@ -223,7 +232,6 @@ def _run(q, k, v, call, backend):
     k, k_scales, k_biases = (k, q, q) if call.bits is None else k
     v, v_scales, v_biases = (v, q, q) if call.bits is None else v
     mask = q if call.mask is None else mx.broadcast_to(call.mask, (B, 1, T, S))
-    params = mx.array([call.offset, keys, splits, blocks, *heads], mx.int32)
     whole = splits == 1
     shape = (B, Hf, T, D) if whole else (B, Hf, T, splits, D)
     out = q.dtype if whole else mx.float32
@@ -232,7 +240,12 @@ def _run(q, k, v, call, backend):
     template += [("MASKED", call.mask is not None), ("WHOLE", whole)]
     o, stats = kernel(
         backend,
-        [q, k, k_scales, k_biases, v, v_scales, v_biases, mask, params, _scalar(call.scale)],
+        [
+            *(q, k, k_scales, k_biases, v, v_scales, v_biases, mask),
+            _constant((blocks, n, *heads), mx.int32),
+            _constant(call.offset, mx.int32),
+            _constant(call.scale, mx.float32),
+        ],
         template=template,
         groups=(splits * blocks, n, B),
         threads=(threads, 1, 1),
@@ -255,18 +268,23 @@ def _run(q, k, v, call, backend):
 
 @functools.lru_cache(maxsize=256)
 def _heads_by_group(index):
-    """(n, the n KV heads read, n + 1 bounds, query heads by KV head), and the largest group."""
+    """n, (the n KV heads read, n + 1 bounds, query heads by KV head), and the largest group."""
     groups = [[h for h, i in enumerate(index) if i == kv_head] for kv_head in sorted(set(index))]
     bounds = [0]
     for group in groups:
         bounds.append(bounds[-1] + len(group))
     heads = [h for group in groups for h in group]
-    return (len(groups), *sorted(set(index)), *bounds, *heads), max(map(len, groups))
+    return len(groups), (*sorted(set(index)), *bounds, *heads), max(map(len, groups))
 
 
-@functools.lru_cache(maxsize=16)
-def _scalar(x):
-    return mx.array([x], mx.float32)
+def _constant(x, dtype):
+    return x if isinstance(x, mx.array) else _array(x if isinstance(x, tuple) else (x,), dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _array(values, dtype):
+    """One array for all layers and steps: on CUDA a new one costs a page fault on either side."""
+    return mx.array(values, dtype)
 
 
 def _gradients(q, k, v, cotangent, call):

@@ -1,0 +1,277 @@
+"""Run the reproduction: select, convert, distil and evaluate every student of the recipe.
+
+    python examples/reproduction/run.py --teacher TEACHER --work WORK --processes 6 --minutes 8
+
+The same command goes on where it was stopped. WORK/results.json grows with every job, and is what
+table.py reads; WORK/jobs/NAME holds a job's models, losses and log.txt.
+"""
+
+import argparse
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from fnmatch import fnmatch
+from pathlib import Path
+
+import mlx.core as mx
+import yaml
+from jobs import Job, Plan
+from prepare import RECIPE
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+# What an interrupted command has to clean up in.
+PATIENCE = 20.0
+# Steps behind a stage's last loss.
+LAST_STEPS = 10
+
+
+class Runner:
+    """Runs jobs side by side, as many as it may."""
+
+    def __init__(self, plan: Plan, jobs: list[Job], processes: int, seconds: float):
+        self.plan, self.processes = plan, processes
+        self.deadline = time.monotonic() + seconds
+        self.done = {job.name for job in jobs if plan.done_file(job).exists()}
+        self.waiting = [job for job in jobs if job.name not in self.done]
+        self.running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+        self.failed: list[str] = []
+
+    def run(self) -> None:
+        try:
+            while (self.waiting or self.running) and time.monotonic() < self.deadline:
+                self.start_what_can()
+                if not self.running:
+                    break
+                time.sleep(0.1)
+                self.collect()
+        finally:
+            self.collect()
+            self.stop()
+
+    def start_what_can(self) -> None:
+        for job in list(self.waiting):
+            if len(self.running) >= self.processes:
+                return
+            if self.done.issuperset(job.needs):
+                self.waiting.remove(job)
+                self.start(job)
+
+    def start(self, job: Job) -> None:
+        path = self.plan.set_up(job)
+        paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
+        with (path.parent / "log.txt").open("a") as log:
+            process = subprocess.Popen(
+                [sys.executable, str(HERE / "chain.py"), str(path)],
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                # What stops this program stops the jobs its own way.
+                start_new_session=True,
+            )
+        self.running[job.name] = (job, process, time.monotonic())
+
+    def collect(self) -> None:
+        for name, (job, process, started) in list(self.running.items()):
+            if process.poll() is None:
+                continue
+            del self.running[name]
+            seconds = time.monotonic() - started
+            if process.returncode == 0:
+                self.done.add(name)
+                self.note(f"{name}: done in {seconds:.0f} s")
+                if job.about is not None:
+                    add_result(self.plan, job)
+                    tidy(self.plan, job)
+            else:
+                self.failed.append(name)
+                log = (self.plan.folder(name) / "log.txt").read_text().strip().split("\n")
+                self.note(f"{name}: failed ({process.returncode}): {log[-1]}")
+
+    def stop(self) -> None:
+        """Interrupt what still runs; it goes on from its last checkpoint another time."""
+        for _, process, _ in self.running.values():
+            os.killpg(process.pid, signal.SIGINT)
+        until = time.monotonic() + PATIENCE
+        for name, (_, process, _) in self.running.items():
+            try:
+                process.wait(max(0.0, until - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            self.note(f"{name}: stopped")
+
+    def note(self, text: str) -> None:
+        counts = f"{len(self.done)} done, {len(self.running)} running, {len(self.waiting)} waiting"
+        print(f"{text} ({counts})", flush=True)
+
+
+def results_file(plan: Plan) -> Path:
+    return plan.work / "results.json"
+
+
+def read_results(plan: Plan) -> dict:
+    path = results_file(plan)
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"device": device(), "mlx": mx.__version__, "selection": {}, "runs": {}}
+
+
+def device() -> str:
+    return mx.device_info().get("device_name", str(mx.default_device()))
+
+
+def add_result(plan: Plan, job: Job) -> None:
+    """Bring what a job found into results.json."""
+    folder = plan.folder(job.name)
+    content = read_results(plan)
+    found = dict(job.about)
+    found["accuracy"] = json.loads((folder / "evaluation.json").read_text())
+    found["seconds"] = json.loads(plan.done_file(job).read_text())["seconds"]
+    if (losses := folder / "run" / "losses.csv").exists():
+        found |= losses_of(losses)
+        heads = json.loads((folder / "heads.json").read_text())
+        found["full_attention_heads"] = heads["full_attention_heads"]
+        if heads["method"] not in content["selection"] and heads.get("scores"):
+            names = ("spearman_of_halves", "forward_passes_per_pair", "capabilities", "scores")
+            kept = {name: heads.get(name) for name in names}
+            kept["capabilities"] = {
+                name: {k: v for k, v in values.items() if not isinstance(v, list)}
+                for name, values in kept["capabilities"].items()
+            }
+            content["selection"][heads["method"]] = kept
+    content["runs"][job.name] = found
+    partial = results_file(plan).with_suffix(".partial")
+    partial.write_text(json.dumps(content) + "\n")
+    partial.rename(results_file(plan))
+
+
+def losses_of(path: Path) -> dict:
+    """The first loss of each stage, the mean of its last steps, and the most memory of all."""
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    losses = []
+    for stage in sorted({row["stage"] for row in rows}):
+        own = [row for row in rows if row["stage"] == stage]
+        last = [float(row["loss"]) for row in own[-LAST_STEPS:]]
+        losses.append(
+            {
+                "objective": own[0]["objective"],
+                "steps": len(own),
+                "first": float(own[0]["loss"]),
+                "last": sum(last) / len(last),
+            }
+        )
+    peak = max(int(row["peak_memory_bytes"]) for row in rows)
+    return {"losses": losses, "peak_gigabytes": round(peak / 1e9, 2)}
+
+
+def tidy(plan: Plan, job: Job) -> None:
+    """Remove what a finished job does not need any more; its model stays."""
+    for name in ("student", "run/checkpoints"):
+        shutil.rmtree(plan.folder(job.name) / name, ignore_errors=True)
+
+
+def keep_best(plan: Plan, out: Path) -> None:
+    """Copy the best student of the recipe's first ratio, in bfloat16."""
+    from mlx_hydra.models.hydrahead import may_cast
+
+    def score(name: str) -> float:
+        accuracy = runs[name]["accuracy"]
+        return sum(entry["right"] / entry["questions"] for entry in accuracy) / len(accuracy)
+
+    ratio = plan.recipe["ratios"][0]
+    runs = {
+        name: run
+        for name, run in read_results(plan)["runs"].items()
+        if run["ratio"] == ratio and run["ablation"] is None
+    }
+    if not runs:
+        return
+    best = max(runs, key=score)
+    model = plan.folder(best) / "run" / "model"
+    out.mkdir(parents=True, exist_ok=True)
+    for path in model.iterdir():
+        if path.suffix not in (".safetensors", ".json") or path.name.startswith(
+            ("config", "token")
+        ):
+            shutil.copyfile(path, out / path.name)
+    weights = {}
+    for path in model.glob("*.safetensors"):
+        for name, array in mx.load(str(path)).items():
+            weights[name] = array.astype(mx.bfloat16) if may_cast(name) else array
+    mx.save_safetensors(str(out / "model.safetensors"), weights, {"format": "mlx"})
+    size = (out / "model.safetensors").stat().st_size
+    print(f"The best at {ratio} is {best} ({score(best):.1%}): {out}, {size / 2**20:.1f} MiB.")
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--teacher", type=Path, required=True, help="--out of teacher.py")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "reproduction")
+    parser.add_argument("--recipe", type=Path, default=RECIPE)
+    parser.add_argument("--processes", type=int, default=6, help="jobs at a time (6)")
+    parser.add_argument("--minutes", type=float, default=60, help="then all is stopped (60)")
+    parser.add_argument("--only", metavar="PATTERN", help="jobs of such names, as 'causal-0.125-*'")
+    parser.add_argument("--list", action="store_true", help="print the jobs, and run none")
+    parser.add_argument("--results", type=Path, help="copy results.json and the logs here, too")
+    parser.add_argument("--keep-best", type=Path, metavar="DIR", help="copy the best 7:1 model")
+    args = parser.parse_args(argv)
+    recipe = yaml.safe_load(args.recipe.read_text())
+    work, teacher = args.work.resolve(), args.teacher.resolve()
+    plan = Plan(recipe, args.recipe.resolve(), teacher, work)
+    jobs = plan.jobs()
+    if args.only:
+        jobs = chosen(jobs, args.only)
+    if args.list:
+        for job in jobs:
+            print(job.name, "(done)" if plan.done_file(job).exists() else "")
+        return
+    known = read_results(plan)["runs"]
+    for job in jobs:
+        # Those that ended when nobody was there to take it down.
+        if job.about is not None and job.name not in known and plan.done_file(job).exists():
+            add_result(plan, job)
+    runner = Runner(plan, jobs, args.processes, 60 * args.minutes)
+    try:
+        runner.run()
+    finally:
+        if args.results is not None and work.exists():
+            copy_results(plan, args.results)
+    if args.keep_best is not None:
+        keep_best(plan, args.keep_best)
+    if runner.failed:
+        sys.exit(f"failed: {', '.join(runner.failed)}")
+
+
+def chosen(jobs: list[Job], pattern: str) -> list[Job]:
+    """The jobs whose names fit, and those that they need."""
+    names = {job.name for job in jobs if fnmatch(job.name, pattern)}
+    while more := {need for job in jobs if job.name in names for need in job.needs} - names:
+        names |= more
+    return [job for job in jobs if job.name in names]
+
+
+def copy_results(plan: Plan, out: Path) -> None:
+    """What is worth keeping of a machine that will be gone: figures, losses and logs."""
+    out.mkdir(parents=True, exist_ok=True)
+    if results_file(plan).exists():
+        shutil.copy(results_file(plan), out)
+    for folder in (plan.work / "jobs").iterdir():
+        for name in ("log.txt", "heads.json", "run/losses.csv"):
+            if (folder / name).exists():
+                target = out / folder.name / Path(name).name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copy(folder / name, target)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""A decode step of one token as one compiled function, for which the host walks no layers."""
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache, KVCache
+
+from ..ops.gated_delta_step import position
+from ..ops.head_attention import takes_arrays
+from .cache import CacheList, full_part, linear_part
+
+
+class KVBuffers:
+    """A KV cache's buffers inside a compiled step: read whole, and written where an array says."""
+
+    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array):
+        self.keys, self.values, self.offset = keys, values, offset
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.keys[:, :, self.offset] = keys
+        self.values[:, :, self.offset] = values
+        return self.keys, self.values
+
+
+class CompiledStep:
+    """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
+
+    An ordinary step has to run first (:meth:`remember`). Weights or modules that are replaced
+    afterwards, or a cache that has grown, are noticed.
+    """
+
+    def __init__(self):
+        self._weights: list[Any] = []
+        self._traced, self._run = None, None
+
+    def __reduce__(self):
+        return CompiledStep, ()
+
+    def takes(self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any]) -> bool:
+        """Whether the step is one of kernels, over plain caches with room for a token."""
+        if h.shape[1] != 1 or not runs_on_gpu():
+            return False
+        linears = (layer.self_attn.linear for layer in layers if "linear" in layer.self_attn)
+        heads = next(linears, None)
+        if heads is None or not takes_arrays(h.dtype, heads.head_dim):
+            return False
+        places = set()
+        for c in cache:
+            full, linear = full_part(c), linear_part(c)
+            if full is not None:
+                if type(full) is not KVCache or full.keys is None or full.keys.dtype != h.dtype:
+                    return False
+                places.add((full.offset, full.keys.shape[2]))
+            if linear is not None and (
+                linear.left_padding is not None
+                or linear.lengths is not None
+                or any(state is None for state in linear.cache)
+            ):
+                return False
+        if len(places) != 1:
+            return False
+        offset, room = places.pop()
+        part = next(part for c in cache if (part := linear_part(c)) is not None)
+        return offset < room and heads.step_backend(h, part) != "ops"
+
+    def remembers(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether an ordinary step has run with these very weights."""
+        weights = arrays_in(layers)
+        return len(weights) == len(self._weights) and all(map(operator.is_, weights, self._weights))
+
+    def remember(self, layers: Sequence[nn.Module]) -> None:
+        self._weights = arrays_in(layers)
+        self._traced = None
+
+    def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
+        """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
+        arrays = []
+        for c in cache:
+            full, linear = full_part(c), linear_part(c)
+            arrays.append(
+                (
+                    () if full is None else (full.keys, full.values),
+                    () if linear is None else tuple(linear.cache),
+                )
+            )
+            if full is not None:
+                offset, room = full.offset, full.keys.shape[2]
+        # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
+        traced = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
+        if traced != self._traced:
+            self._traced, self._run = traced, mx.compile(traceable(layers))
+        h, arrays = self._run(h, position(offset), arrays)
+        for c, (of_full, of_linear) in zip(cache, arrays):
+            full, linear = full_part(c), linear_part(c)
+            if full is not None:
+                full.keys, full.values = of_full
+                full.offset += 1
+            if linear is not None:
+                linear.cache = list(of_linear)
+        return h
+
+
+def runs_on_gpu() -> bool:
+    return mx.default_device() == mx.gpu
+
+
+def arrays_in(modules: Sequence[nn.Module]) -> list[Any]:
+    found, left = [], list(modules)
+    while left:
+        item = left.pop()
+        if isinstance(item, dict):
+            left.extend(item.values())
+        elif isinstance(item, list):
+            left.extend(item)
+        else:
+            found.append(item)
+    return found
+
+
+def traceable(layers: Sequence[nn.Module]):
+    """The layers as a function of arrays: hidden state, position, and arrays of each cache."""
+    # Else the model would hold itself, by way of what mx.compile keeps.
+    known = [weakref.ref(layer) for layer in layers]
+
+    def step(h, offset, arrays):
+        left = []
+        for layer, (of_full, of_linear) in zip(known, arrays):
+            full = KVBuffers(*of_full, offset) if of_full else None
+            linear = None
+            if of_linear:
+                linear = ArraysCache(size=len(of_linear))
+                linear.cache = list(of_linear)
+            parts = [part for part in (full, linear) if part is not None]
+            h = layer()(h, None, None, CacheList(*parts) if len(parts) == 2 else parts[0], offset)
+            left.append(
+                (
+                    () if full is None else (full.keys, full.values),
+                    () if linear is None else tuple(linear.cache),
+                )
+            )
+        return h, left
+
+    return step

@@ -1,0 +1,232 @@
+"""Compiled decode steps are ordinary ones. Kernels cannot run inside mx.compile without a GPU, so
+plain operations stand in for the two that a step calls."""
+
+import copy
+import gc
+import weakref
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from mlx_hydra.models import compiled_step, hydrahead
+from mlx_hydra.models.cache import CacheList, full_part, linear_part
+from mlx_hydra.ops import fuse_heads, gated_delta
+from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
+
+SIZES = {"head_dim": 32}
+CASES = {
+    "base": {},
+    "rope on full heads": {"full_attention": {"rope": True, "log_scale_base": None, "gate": True}},
+    "layers of one kind": {"full_attention_heads": [[], [0, 1, 2, 3], [1, 2]]},
+    "no convolution": {
+        "linear_attention": {
+            "kind": "gated_delta",
+            "conv_kernel_size": None,
+            "rope": True,
+            "gate": False,
+        }
+    },
+}
+
+
+def attention(q, k, v, kv_index, *, scale, offset, mask=None, **_):
+    index = list(kv_index)
+    seen = mx.arange(k.shape[2]) <= offset + mx.arange(q.shape[2])[:, None]
+    scores = (scale * q) @ k[:, index].swapaxes(2, 3)
+    return mx.softmax(mx.where(seen, scores, -mx.inf), axis=-1) @ v[:, index]
+
+
+def delta_step(
+    projected, weights, gamma, state, past, *, offset, rotation, eps, first=0, full=None, **others
+):
+    (H,), (D,) = weights.A_log.shape, weights.q_norm.shape
+    gated = projected.shape[-1] - first >= (4 * D + 2) * H
+    ends = [first + i * H * D for i in range(1, 4 + gated)]
+    _, q, k, v, *gate, ab = mx.split(projected, [first, *ends], axis=-1)
+    rope = None
+    if rotation is not None:
+
+        def rope(x, offset):
+            return mx.fast.rope(
+                x, D, traditional=False, base=1e4, scale=1.0, offset=offset.reshape(())
+            )
+
+    q, k, v, g, beta, past = gated_delta_inputs(
+        *(q, k, v, ab[..., :H], ab[..., H : 2 * H], weights, past),
+        offset=mx.array([offset]) if isinstance(offset, int) else offset,
+        rope=rope,
+        rotation=rotation,
+        backend="ops",
+    )
+    o, state = gated_delta(q, k, v, g, beta, state, backend="ops")
+    F = len(gamma) - H
+    o = fuse_heads(o, gamma[F:], gate[0] if gate else None, eps=eps, activation="silu")
+    if full is not None:
+        at = others["full_gate"]
+        gate = None if at is None else projected[..., at : at + F * D]
+        full = fuse_heads(full, gamma[:F], gate, eps=others["full_eps"], activation="sigmoid")
+        o = mx.concatenate([full, o], axis=-1)
+    return o, state, past
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Counts the steps that run compiled."""
+    monkeypatch.setattr(compiled_step, "runs_on_gpu", lambda: True)
+    monkeypatch.setattr(compiled_step, "takes_arrays", lambda dtype, head_dim: True)
+    monkeypatch.setattr(
+        hydrahead, "step_backend", lambda dtype, T, head_dim, taps: "metal" if T <= 8 else "ops"
+    )
+    monkeypatch.setattr(hydrahead, "head_attention", attention)
+    monkeypatch.setattr(hydrahead, "gated_delta_step", delta_step)
+    calls = []
+    run = compiled_step.CompiledStep.__call__
+
+    def counted(self, layers, h, cache):
+        calls.append(h.shape)
+        return run(self, layers, h, cache)
+
+    monkeypatch.setattr(compiled_step.CompiledStep, "__call__", counted)
+    return calls
+
+
+def read(model, tokens, cache, *, one_by_one=True):
+    """Logits of tokens, read after one another or at most 8 at a time, none of these compiled."""
+    step = 1 if one_by_one else 8
+    logits = []
+    for start in range(0, tokens.shape[1], step):
+        logits.append(model(tokens[:, start : start + step], cache=cache))
+        mx.eval(logits[-1], [c.state for c in cache])
+    return mx.concatenate(logits, axis=1)
+
+
+def keys_of(cache):
+    return next(kv.keys for c in cache if (kv := full_part(c)) is not None)
+
+
+def begun(model, batch=1, tokens=5):
+    cache = make_prompt_cache(model)
+    mx.eval(model(tiny.tokens(tokens, batch=batch), cache=cache), [c.state for c in cache])
+    return cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_compiled_steps_are_ordinary_ones(compiled, changes, batch):
+    model, tokens = tiny.model(**SIZES, **changes), tiny.tokens(9, batch=batch)
+    plain = begun(model, batch)
+    expected = read(model, tokens, plain, one_by_one=False)
+    assert not compiled
+    cache = begun(model, batch)
+    found = read(model, tokens, cache)
+    assert len(compiled) == 9
+    assert tiny.distance(found, expected) < 1e-4
+    for c, other in zip(cache, plain):
+        full, linear = full_part(c), linear_part(c)
+        if full is not None:
+            assert full.offset == full_part(other).offset == 14
+            assert type(full.offset) is int
+            for x, y in zip(full.keys_and_values(), full_part(other).keys_and_values()):
+                assert tiny.distance(x, y) < 1e-4
+        if linear is not None:
+            for x, y in zip(linear.cache, linear_part(other).cache):
+                assert tiny.distance(x, y) < 1e-4
+
+
+def test_a_cache_that_grows_is_grown_by_an_ordinary_step(compiled):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(12)
+    plain, cache = begun(model, tokens=250), begun(model, tokens=250)
+    expected = read(model, tokens, plain, one_by_one=False)
+    assert tiny.distance(read(model, tokens, cache), expected) < 1e-4
+    # All but the first, and the one that found no room.
+    assert len(compiled) == 10
+    assert keys_of(cache).shape[2] == 512
+
+
+def test_sequences_take_turns(compiled):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(6, batch=2)
+    caches = [begun(model, tokens=n) for n in (3, 7)]
+    expected = [
+        read(model, tokens[i : i + 1], begun(model, tokens=n), one_by_one=False)
+        for i, n in enumerate((3, 7))
+    ]
+    for t in range(6):
+        for i in range(2):
+            got = model(tokens[i : i + 1, t : t + 1], cache=caches[i])
+            assert tiny.distance(got, expected[i][:, t : t + 1]) < 1e-4
+    assert len(compiled) == 11
+
+
+def test_a_copy_of_a_cache_stays_as_it_is(compiled):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(6)
+    cache = begun(model)
+    read(model, tokens[:, :2], cache)
+    kept = copy.deepcopy(cache)
+    first = read(model, tokens[:, 2:], cache)
+    assert tiny.distance(read(model, tokens[:, 2:], kept), first) < 1e-6
+
+
+def test_new_weights_and_new_layers_are_taken_up(compiled):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(3)
+    read(model, tokens, begun(model))
+    model.update(tree_map(lambda w: 0.9 * w, model.parameters()))
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+
+    linear_to_lora_layers(model, 2, {"rank": 2, "scale": 3.0, "dropout": 0.0})
+    for name, module in model.named_modules():
+        if name.endswith("down_proj") and "lora_b" in module:
+            module.lora_b = mx.random.normal(module.lora_b.shape)
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+
+
+def test_what_is_not_compiled(compiled, monkeypatch):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(4)
+    read(model, tokens, begun(model))
+    takes, h = model.model._compiled_step.takes, mx.zeros((1, 1, 32))
+    cache = begun(model)
+    assert takes(model.layers, h, cache)
+    assert not takes(model.layers, h.astype(mx.float16), cache)
+    assert not takes(model.layers, mx.zeros((1, 2, 32)), cache)
+    assert not takes(model.layers, h, make_prompt_cache(model))
+    assert not takes(model.layers, h, [None] * len(cache))
+    quantised = [c.to_quantized(32, 8) if isinstance(c, CacheList) else c for c in cache]
+    assert not takes(model.layers, h, quantised)
+    linear_part(cache[0]).left_padding = mx.array([0])
+    assert not takes(model.layers, h, cache)
+    monkeypatch.setattr(compiled_step, "takes_arrays", lambda dtype, head_dim: False)
+    assert not takes(model.layers, h, begun(model))
+
+
+def test_the_keys_are_written_in_place(compiled, monkeypatch):
+    # Holds nothing of the keys' size itself.
+    monkeypatch.setattr(hydrahead, "head_attention", lambda q, k, *_, **__: q + k[:, :1, :1])
+    model, tokens = tiny.model(**SIZES), tiny.tokens(4)
+    cache = begun(model, tokens=2000)
+    read(model, tokens[:, :2], cache)
+    assert len(compiled) == 1
+    held = mx.get_active_memory()
+    mx.reset_peak_memory()
+    read(model, tokens[:, 2:], cache)
+    assert len(compiled) == 3
+    assert mx.get_peak_memory() - held < keys_of(cache).nbytes
+
+
+def test_a_model_can_be_copied_and_freed(compiled):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(3)
+    expected = read(model, tokens, begun(model))
+    assert compiled
+    twin = copy.deepcopy(model)
+    assert tiny.distance(read(twin, tokens, begun(twin)), expected) < 1e-4
+    gone = weakref.ref(model.layers[0])
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
