@@ -14,7 +14,7 @@ demo: $(VENV)/.installed
 	$(RUN) generate.py
 
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest --cov=mlx_hydra --cov-report=term-missing:skip-covered --cov-fail-under=90
+	$(RUN) -m pytest -n auto --cov=mlx_hydra --cov-report=term-missing:skip-covered --cov-fail-under=90
 
 lint: $(VENV)/.installed-dev
 	$(RUN) -m ruff check .

@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,10 +9,6 @@ from pathlib import Path
 from typing import Optional
 
 import mlx.core as mx
-
-# MLX's CUDA build has the outputs of custom kernels in managed memory, slow to get and to touch
-# first, unless it is to fill them: then they come from where all others do. From here on that pays.
-FILLED_BYTES = 2 << 20
 
 # `threadgroup float name[64];` and no pointer or argument.
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
@@ -57,12 +52,7 @@ class Kernel:
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
         """Run it on ``groups`` threadgroups of ``threads`` each; every group is whole."""
-        dtypes, options = (), {}
-        if backend == "cuda":
-            dtypes = tuple(x.dtype for x in inputs)
-            sizes = (math.prod(s) * d.size for s, d in zip(output_shapes, output_dtypes))
-            if sum(sizes) >= FILLED_BYTES:
-                options["init_value"] = 0
+        dtypes = tuple(x.dtype for x in inputs) if backend == "cuda" else ()
         return _build(self, backend, dtypes)(
             inputs=list(inputs),
             template=list(template),
@@ -70,7 +60,6 @@ class Kernel:
             threadgroup=threads,
             output_shapes=list(output_shapes),
             output_dtypes=list(output_dtypes),
-            **options,
         )
 
 

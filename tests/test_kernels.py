@@ -170,26 +170,6 @@ def test_the_name_of_a_cuda_kernel_is_one_word(cuda_names, full_gate):
     assert re.fullmatch(r"\w+", cuda_names[0])
 
 
-def test_large_outputs_of_cuda_kernels_are_filled_first(monkeypatch):
-    values = []
-
-    def cuda_kernel(**_):
-        def call(output_shapes, init_value=None, **_):
-            values.append((output_shapes[0], init_value))
-            return [None]
-
-        return call
-
-    monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
-    kernels.cache_clear()
-    kernel = kernels.Kernel("fuse_heads", ("o", "gamma", "gate", "eps"), ("out",), ("heads.h",))
-    launch = {"groups": (1, 1, 1), "threads": (32, 1, 1), "template": []}
-    for size in (1 << 10, 1 << 20):
-        kernel("cuda", [], output_shapes=[(size,)], output_dtypes=[mx.float32], **launch)
-    kernels.cache_clear()
-    assert values == [((1 << 10,), None), ((1 << 20,), 0)]
-
-
 def test_cuda_kernels_for_other_types_have_other_names(cuda_names):
     kernel = kernels.Kernel("fuse_heads", ("o", "gamma", "gate", "eps"), ("out",), ("heads.h",))
     for dtype in (mx.float32, mx.float16, mx.float16):
