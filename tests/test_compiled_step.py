@@ -199,6 +199,10 @@ def test_what_is_not_compiled(compiled, monkeypatch):
     assert not takes(model.layers, h, quantised)
     linear_part(cache[0]).left_padding = mx.array([0])
     assert not takes(model.layers, h, cache)
+    layer = next(layer for layer in model.layers if "full" in layer.self_attn)
+    layer.self_attn.full.takes_arrays = False
+    assert not takes(model.layers, h, begun(model))
+    layer.self_attn.full.takes_arrays = True
     monkeypatch.setattr(compiled_step, "takes_arrays", lambda dtype, head_dim: False)
     assert not takes(model.layers, h, begun(model))
 

@@ -62,9 +62,11 @@ class CompiledStep:
         if heads is None or not takes_arrays(h.dtype, heads.head_dim):
             return False
         places = set()
-        for c in cache:
+        for layer, c in zip(layers, cache):
             full, linear = full_part(c), linear_part(c)
             if full is not None:
+                if not layer.self_attn.full.takes_arrays:
+                    return False
                 if type(full) is not KVCache or full.keys is None or full.keys.dtype != h.dtype:
                     return False
                 places.add((full.offset, full.keys.shape[2]))

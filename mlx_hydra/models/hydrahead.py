@@ -87,6 +87,8 @@ class FullAttention(nn.Module):
         self.k_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
         if switches.rope:
             self.rope = rope_for(args)
+        # RoPE of another kind may want to know where it is.
+        self.takes_arrays = not switches.rope or rotation_of(self.rope, D) is not None
 
     @property
     def projections(self) -> list[nn.Module]:
