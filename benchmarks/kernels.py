@@ -85,7 +85,7 @@ def sequential(backend):
     return run
 
 
-def seconds(f, *args, budget: float = 1.0) -> float:
+def seconds(f, *args, budget: float = 0.4) -> float:
     """The median time of a call, after two that build and warm it."""
     for _ in range(2):
         started = time.perf_counter()

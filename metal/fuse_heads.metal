@@ -2,7 +2,7 @@
 //
 //   o      [B, T, H, D], strided as it comes
 //   gamma  float [H]
-//   gate   [B, T, H * D]; not read if KIND is NO_GATE
+//   gate   [B, T, H * D], strided as it comes; not read if KIND is NO_GATE
 //   eps    float [1]; not read unless NORM
 //   out    [B, T, H * D], of o's type
 //
@@ -18,6 +18,10 @@ if (row < uint(o_shape[0] * T * H)) {
   const int head = row % H;
   const size_t token = row / H;
   const size_t start = token / T * o_strides[0] + token % T * o_strides[1] + head * o_strides[2];
+  const size_t gate_start = KIND == NO_GATE
+      ? 0
+      : token / T * gate_strides[0] + token % T * gate_strides[1] + head * D * gate_strides[2];
+  const size_t gate_step = KIND == NO_GATE ? 0 : gate_strides[2];
   const size_t place = size_t(row) * D;
 
   float x[COUNT];
@@ -34,7 +38,8 @@ if (row < uint(o_shape[0] * T * H)) {
   for (short i = 0; i < COUNT; i++) {
     const int c = lane + 32 * i;
     if (c < D) {
-      const float factor = KIND == NO_GATE ? 1.0f : activated<KIND>(float(gate[place + c]));
+      const float factor =
+          KIND == NO_GATE ? 1.0f : activated<KIND>(float(gate[gate_start + c * gate_step]));
       out[place + c] = X(weight * x[i] * factor);
     }
   }

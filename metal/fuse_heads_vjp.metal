@@ -5,7 +5,7 @@
 //
 //   o      [B, T, H, D], strided as it comes
 //   gamma  float [H]
-//   gate   [B, T, H * D]; not read if KIND is NO_GATE
+//   gate   [B, T, H * D], strided as it comes; not read if KIND is NO_GATE
 //   eps    float [1]; not read unless NORM
 //   dy     [B, T, H * D], strided as it comes
 //   d_o    [B, T, H, D]
@@ -25,6 +25,10 @@ if (row < uint(o_shape[0] * T * H)) {
   const size_t token = row / H;
   const size_t start = token / T * o_strides[0] + token % T * o_strides[1] + head * o_strides[2];
   const size_t dy_start = token / T * dy_strides[0] + token % T * dy_strides[1];
+  const size_t gate_start = KIND == NO_GATE
+      ? 0
+      : token / T * gate_strides[0] + token % T * gate_strides[1] + head * D * gate_strides[2];
+  const size_t gate_step = KIND == NO_GATE ? 0 : gate_strides[2];
   const size_t place = size_t(row) * D;
 
   float n[COUNT];
@@ -46,7 +50,7 @@ if (row < uint(o_shape[0] * T * H)) {
     if (c < D) {
       dn[i] = float(dy[dy_start + (head * D + c) * dy_strides[2]]);
       if (KIND != NO_GATE) {
-        const float raw = float(gate[place + c]);
+        const float raw = float(gate[gate_start + c * gate_step]);
         d_gate[place + c] = G(dn[i] * gamma[head] * n[i] * activation_slope<KIND>(raw));
         dn[i] *= activated<KIND>(raw);
       }

@@ -43,6 +43,10 @@ def inputs(dtype, shape, activation, layout, seed=0):
     gate = None
     if activation != "no gate":
         gate = mx.array(2 * rng.standard_normal((B, T, H * D)), dtype)
+        if layout == "heads first":
+            # Among other projections, channel by channel.
+            wide = mx.concatenate([mx.zeros((B, T, 5), dtype), gate], axis=-1)
+            gate = mx.contiguous(wide.swapaxes(1, 2)).swapaxes(1, 2)[..., 5:]
     return o, mx.array(rng.uniform(-2, 2, H), mx.float32), gate
 
 

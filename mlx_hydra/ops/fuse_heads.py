@@ -94,7 +94,7 @@ def _by_kernel(o, gamma, gate, eps, activation, backend):
     B, T, H, D = o.shape
     kind = NO_GATE if gate is None else GATE_KINDS[activation]
     # A kernel has all its inputs always; what stands for the gate is not read.
-    gate = mx.contiguous(gamma if gate is None else gate)
+    gate = gamma if gate is None else gate
     epsilon = constants(0.0 if eps is None else eps)
     launch = {
         "template": [

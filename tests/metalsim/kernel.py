@@ -184,10 +184,12 @@ class Kernel:
         return place
 
     def _input(self, name, x, strided):
-        data = np.ascontiguousarray(_to_numpy(x))
+        given = _to_numpy(x)
+        data = np.ascontiguousarray(given)
         mask = None
         if strided and not self.ensure_row_contiguous:
-            data, strides, mask = _spread(data)
+            apart = given.ndim > 0 and given.shape[-1] > 1 and given.strides[-1] != given.itemsize
+            data, strides, mask = _spread(data, 2 if apart else 1)
         else:
             strides = [s // data.itemsize for s in data.strides]
         return {
@@ -202,22 +204,25 @@ def _to_numpy(x):
     return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
-def _spread(data):
+def _spread(data, step):
     """(flat copy, strides, mask) of an array with gaps between rows, planes and so on.
 
-    A kernel that reads an input's strides must live with any but those of the last axis, so
-    that is what it gets; the gaps hold NaN and no element.
+    A kernel that reads an input's strides must live with any, so that is what it gets; only the
+    last axis has the one of ``step``, as kernels may ask whether its elements lie side by side.
+    The gaps hold NaN and no element.
     """
     shape = list(data.shape)
     # Rows stay aligned to 16 bytes, as those of a slice of heads are.
-    spread = [*(n + 1 for n in shape[:-1]), *(n + 32 // data.itemsize for n in shape[-1:])]
-    spread[:1] = shape[:1]
+    last = [step * n + 32 // data.itemsize for n in shape[-1:]]
+    spread = [*(n + 1 for n in shape[:-1]), *last]
+    spread[:1] = shape[:1] if data.ndim > 1 else last
+    inside = (*map(slice, shape[:-1]), *(slice(0, step * n, step) for n in shape[-1:]))
     mask = np.zeros(spread, np.uint8)
-    mask[tuple(slice(n) for n in shape)] = 1
+    mask[inside] = 1
     out = np.empty(spread, data.dtype)
     out.reshape(-1).view(np.uint8)[...] = 0xFF
-    out[tuple(slice(n) for n in shape)] = data
-    strides = [s // data.itemsize for s in out.strides]
+    out[inside] = data
+    strides = [s // data.itemsize for s in out[inside].strides]
     return out.reshape(-1), strides, mask.reshape(-1)
 
 
