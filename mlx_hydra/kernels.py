@@ -12,6 +12,7 @@ import mlx.core as mx
 
 # `threadgroup float name[64];` and no pointer or argument.
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
+_NOT_CODE = re.compile(r"^\s+|[ \t]*//.*$", re.MULTILINE)
 _ADDRESS_SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\s+")
 
 
@@ -71,7 +72,7 @@ def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callab
         make, name = mx.fast.metal_kernel, kernel.name
     else:
         make = mx.fast.cuda_kernel
-        header = read_text("compat/cuda.h") + as_cuda(header)
+        header = as_cuda(read_text("compat/cuda.h") + header)
         body = as_cuda(body)
         # MLX before 0.32.4 keeps compiled CUDA kernels, on disk too, by name and template alone.
         text = f"{header}{body}{dtypes}"
@@ -90,7 +91,11 @@ cache_clear = _build.cache_clear
 
 
 def as_cuda(text: str) -> str:
-    """A kernel's text with Metal's address spaces said in CUDA's words; see compat/cuda.h."""
+    """A kernel's text with Metal's address spaces said in CUDA's words; see compat/cuda.h.
+
+    Without comments and indentation: MLX copies the text at every call, and hashes it.
+    """
+    text = _NOT_CODE.sub("", text)
     return _ADDRESS_SPACE.sub("", _THREADGROUP_ARRAY.sub("__shared__", text))
 
 

@@ -100,7 +100,10 @@ def test_address_spaces_are_said_in_cudas_words():
     METAL_FUNC void f(thread tile<T>& t, const device T* x, threadgroup U* target, constant int* n);
     threadgroup_barrier(mem_flags::mem_threadgroup);
     const uint lane = thread_index_in_simdgroup;
-    constant constexpr float EPS = 1e-6f;
+    constant constexpr float EPS = 1e-6f;  // of the norm
+
+    // Nothing of this is left.
+      #pragma unroll
     """
     cuda = kernels.as_cuda(text)
     assert "__shared__ T a[16 * 24];" in cuda
@@ -108,7 +111,9 @@ def test_address_spaces_are_said_in_cudas_words():
     assert "f(tile<T>& t, const T* x, U* target, int* n);" in cuda
     assert "threadgroup_barrier(mem_flags::mem_threadgroup);" in cuda
     assert "thread_index_in_simdgroup" in cuda
-    assert "    constexpr float EPS" in cuda
+    lines = cuda.split("\n")
+    assert "constexpr float EPS = 1e-6f;" in lines and "#pragma unroll" in lines
+    assert "//" not in cuda
 
 
 def test_every_kernel_says_what_it_is_before_it_begins():
