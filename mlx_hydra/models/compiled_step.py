@@ -1,8 +1,8 @@
 """A decode step of one token as one compiled function, for which the host walks no layers."""
 
 import operator
-import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -47,7 +47,8 @@ class CompiledStep:
     """
 
     def __init__(self):
-        self._weights: list[Any] = []
+        self._modules: list[nn.Module] = []
+        self._parts: list[Any] = []
         self._traced, self._run = None, None
 
     def __reduce__(self):
@@ -83,12 +84,17 @@ class CompiledStep:
         return offset < room and heads.step_backend(h, part) != "ops"
 
     def remembers(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether an ordinary step has run with these very weights."""
-        weights = arrays_in(layers)
-        return len(weights) == len(self._weights) and all(map(operator.is_, weights, self._weights))
+        """Whether an ordinary step has run with these very layers and weights."""
+        if not self._modules or not all(map(operator.is_, layers, self._modules)):
+            return False
+        parts = list(parts_of(self._modules))
+        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
     def remember(self, layers: Sequence[nn.Module]) -> None:
-        self._weights = arrays_in(layers)
+        self._modules = list(layers)
+        for module in self._modules:
+            self._modules += [part for part in module.values() if isinstance(part, nn.Module)]
+        self._parts = list(parts_of(self._modules))
         self._traced = None
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
@@ -123,34 +129,24 @@ def runs_on_gpu() -> bool:
     return mx.default_device() == mx.gpu
 
 
-def arrays_in(modules: Sequence[nn.Module]) -> list[Any]:
-    found, left = [], list(modules)
-    while left:
-        item = left.pop()
-        if isinstance(item, dict):
-            left.extend(item.values())
-        elif isinstance(item, list):
-            left.extend(item)
-        else:
-            found.append(item)
-    return found
+def parts_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
+    """Weights and modules that these hold: every token asks for them, and no Python loop runs."""
+    return chain.from_iterable(map(dict.values, modules))
 
 
 def traceable(layers: Sequence[nn.Module]):
     """The layers as a function of arrays: hidden state, position, and arrays of each cache."""
-    # Else the model would hold itself, by way of what mx.compile keeps.
-    known = [weakref.ref(layer) for layer in layers]
 
     def step(h, offset, arrays):
         left = []
-        for layer, (of_full, of_linear) in zip(known, arrays):
+        for layer, (of_full, of_linear) in zip(layers, arrays):
             full = KVBuffers(*of_full, offset) if of_full else None
             linear = None
             if of_linear:
                 linear = ArraysCache(size=len(of_linear))
                 linear.cache = list(of_linear)
             parts = [part for part in (full, linear) if part is not None]
-            h = layer()(h, None, None, CacheList(*parts) if len(parts) == 2 else parts[0], offset)
+            h = layer(h, None, None, CacheList(*parts) if len(parts) == 2 else parts[0], offset)
             left.append(
                 (
                     () if full is None else (full.keys, full.values),
