@@ -130,7 +130,8 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch):
         if full is not None:
             assert full.offset == full_part(other).offset == 14
             assert type(full.offset) is int
-            for x, y in zip(full.keys_and_values(), full_part(other).keys_and_values()):
+            for name in ("keys", "values"):
+                x, y = (getattr(kv, name)[:, :, :14] for kv in (full, full_part(other)))
                 assert tiny.distance(x, y) < 1e-4
         if linear is not None:
             for x, y in zip(linear.cache, linear_part(other).cache):

@@ -269,6 +269,46 @@ def test_a_killed_run_goes_on_to_the_same_digits(folder, whole, at, monkeypatch)
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000015"]
 
 
+def test_a_compiled_update_is_the_plain_one(folder, monkeypatch):
+    """In all stages, and where a killed run goes on."""
+    outs, compiled, compile_it = {}, [], mx.compile
+
+    def counted(function, *args, **kwargs):
+        compiled.append(getattr(function, "__name__", None))
+        return compile_it(function, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.mx, "compile", counted)
+    for on_gpu in (False, True):
+        monkeypatch.setattr(trainer, "on_gpu", lambda on_gpu=on_gpu: on_gpu)
+        path = write_config(folder / f"compiled-{on_gpu}.yaml", STAGES, save_every=4)
+        outs[on_gpu] = distill(path)
+        assert compiled.count("apply_gradients") == (3 if on_gpu else 0)
+
+    path = write_config(folder / "compiled-killed.yaml", STAGES, save_every=4)
+    add = trainer.LossFile.add
+
+    def killed(self, row):
+        add(self, row)
+        if (row["stage"], row["step"]) == (2, 3):
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.LossFile, "add", killed)
+        with pytest.raises(Killed):
+            distill(path)
+    assert read_bytes(distill(path) / "model") == read_bytes(outs[True] / "model")
+
+    names = ("loss", "gradient_norm", "learning_rate")
+    plain, ours = (np.array(figures(outs[on_gpu], *names), float) for on_gpu in (False, True))
+    assert np.allclose(plain, ours, rtol=1e-4)
+    start, plain, ours = map(
+        read_bytes, (folder / "student", *(o / "model" for o in outs.values()))
+    )
+    for name, (_, _, data) in start.items():
+        a, b, c = (np.frombuffer(d, np.float32) for d in (data, plain[name][2], ours[name][2]))
+        assert np.abs(b - c).max() <= 1e-3 * np.abs(b - a).max(), name
+
+
 def test_a_finished_run_says_so(folder, whole, capfd):
     before = (whole / "losses.csv").read_bytes()
     distill(folder / "whole.yaml")

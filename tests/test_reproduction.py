@@ -4,15 +4,17 @@
 # ruff: noqa: E402
 
 import json
-import subprocess
+import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -27,10 +29,12 @@ import table
 import teacher
 import texts
 from jobs import Job, Plan
+from jobs import command as jobs_command
+from reports import WORDS
 
 from mlx_hydra.distill.config import Source
 from mlx_hydra.distill.data import Sequences, tokens_file
-from mlx_hydra.loading import load_tokenizer, read_config
+from mlx_hydra.loading import load, load_tokenizer, read_config
 from mlx_hydra.models.hydrahead import Model, ModelArgs
 from mlx_hydra.select.probes import pairs_from_file
 
@@ -90,6 +94,25 @@ def test_every_answer_is_stated_once_in_its_report(writer):
             assert value.strip() in report
 
 
+def test_people_may_be_called_by_their_last_name(writer):
+    def names(share):
+        rng = texts.drawn_for("names", 320, 0)
+        found = [writer.document(rng, 320, share) for _ in range(30)]
+        assert {len(document.ids) for document in found} == {320}
+        for document in found:
+            report = writer.encode.pieces.decode(document.ids[1 : document.report])
+            for start, count in document.answers:
+                answer = writer.encode.pieces.decode(document.ids[start : start + count - 1])
+                words = answer.split()
+                if words[-1] in WORDS["last_names"]:
+                    assert f" {' '.join(words)}." in report
+                    yield len(words)
+
+    assert set(names(0.0)) == {2}
+    some = list(names(0.5))
+    assert 0.3 < some.count(1) / len(some) < 0.7 and set(some) == {1, 2}
+
+
 def test_any_length_can_be_filled(writer):
     rng = texts.drawn_for("test", 0, 0)
     for tokens in range(60):
@@ -124,10 +147,107 @@ def test_a_teachers_batch_marks_the_answers(writer, monkeypatch):
     tokens, answers = teacher.make_batch((3, 4, LENGTH))
     rng = texts.drawn_for("teacher", LENGTH, 3)
     for row, asked in zip(tokens, answers):
-        document = writer.document(rng, LENGTH)
+        document = writer.document(rng, LENGTH, teacher.LAST_NAMES)
         assert row.tolist() == [*document.ids, writer.encode.bos]
         expected = [t for start, n in document.answers for t in document.ids[start : start + n]]
         assert row[1:][asked].tolist() == expected
+
+
+def teacher_arguments(out, **changes):
+    names = {
+        "out": out,
+        "minutes": 1.0,
+        "total_minutes": None,
+        "workers": 1,
+        "tokens_a_step": 320,
+        "no_compile": True,
+    }
+    return SimpleNamespace(**names | changes)
+
+
+@pytest.fixture
+def clock(writer, monkeypatch):
+    """Training on a clock of ours: a step takes a second, one that compiles a minute."""
+    now, lengths = [0.0], []
+    monkeypatch.setattr(teacher, "_writer", writer)
+    # Batches are made here, when they are asked for.
+    pool = SimpleNamespace(apply_async=lambda f, args: SimpleNamespace(get=lambda: f(*args)))
+    context = SimpleNamespace(Pool=lambda *_: nullcontext(pool))
+    monkeypatch.setattr(teacher.multiprocessing, "get_context", lambda _: context)
+    monkeypatch.setattr(teacher.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(teacher, "STAGES", [(160, 0.5), (320, 1.0)])
+
+    def loss(model, tokens, answers, others, real=teacher.loss_and_accuracy):
+        length = tokens.shape[1] - 1
+        now[0] += 1.0 if lengths and lengths[-1] == length else 60.0
+        lengths.append(length)
+        return real(model, tokens, answers, others)
+
+    monkeypatch.setattr(teacher, "loss_and_accuracy", loss)
+    return lengths
+
+
+def test_steps_that_compile_are_no_training_time(clock, tmp_path):
+    args = teacher_arguments(tmp_path, minutes=10.0, total_minutes=0.1)
+    progress = teacher.train(args, teacher.new_model(SIZES))
+    # Six seconds; a stage ends when it has had more than its share of them.
+    assert clock == [160] * 5 + [320] * 3
+    assert (progress["step"], progress["seconds"]) == (8, 6.0)
+    assert progress["stage_seconds"] == 2.0
+
+
+def test_minutes_are_those_of_the_clock(clock, tmp_path):
+    args = teacher_arguments(tmp_path, minutes=1.05, total_minutes=10.0)
+    assert teacher.train(args, teacher.new_model(SIZES))["step"] == 4
+
+
+def test_a_teacher_goes_on_from_its_state(clock, tmp_path):
+    def run_of(*minutes):
+        model = teacher.new_model(SIZES)
+        for part in minutes:
+            clock.clear()
+            args = teacher_arguments(tmp_path / str(len(minutes)), minutes=part, total_minutes=9.0)
+            args.out.mkdir(exist_ok=True)
+            progress = teacher.train(args, model)
+            # All but what the state holds is another's.
+            model = teacher.new_model(SIZES)
+        optimizer = teacher.optim.AdamW(1.0)
+        restored = teacher.restore(args.out, model, optimizer)
+        assert restored == progress
+        return progress, dict(tree_flatten([model.parameters(), optimizer.state]))
+
+    whole, resumed = run_of(63 / 60), run_of(61 / 60, 61 / 60)
+    # The one has 3 steps after the one that compiles, the other 1 and 1.
+    assert (whole[0]["step"], resumed[0]["step"]) == (4, 4)
+    assert (whole[0]["seconds"], resumed[0]["seconds"]) == (3.0, 2.0)
+    assert whole[1].keys() == resumed[1].keys()
+    for name in whole[1]:
+        if not name.endswith("learning_rate"):
+            assert np.allclose(whole[1][name], resumed[1][name], atol=1e-4), name
+    files = [path.stat().st_size for path in (tmp_path / "1" / "state").glob("*.safetensors")]
+    assert len(files) == teacher.PIECES and max(files) < 1.5 * min(files) + 300_000
+    assert not list((tmp_path / "1").glob("state.*"))
+
+
+def test_a_teachers_weights_are_read_back(tiny_teacher):
+    model = teacher.new_model(SIZES)
+    before = dict(tree_flatten(model.parameters()))
+    model.load_weights(teacher.read_weights(tiny_teacher))
+    after = dict(tree_flatten(model.parameters()))
+    name = "model.embed_tokens.weight"
+    assert np.allclose(np.array(after[name]), 4 * np.array(before[name]))
+
+
+def test_the_teachers_files_are_small(tmp_path):
+    teacher.save_model(tmp_path, teacher.new_model({}), {})
+    sizes = [path.stat().st_size for path in tmp_path.glob("*.safetensors")]
+    assert len(sizes) == 2 and max(sizes) < 15 << 20
+    assert load(str(tmp_path))[0].args.num_hidden_layers == 8
+
+
+def test_other_tokens_count_more_in_the_end():
+    weights = [teacher.weight_of_others(done) for done in (0.0, 0.3, 0.65, 0.9)]
+    assert np.allclose(weights, [0.05, 0.05, 0.15, 0.25])
 
 
 def test_an_exam_states_its_needle_where_it_should(writer):
@@ -315,50 +435,121 @@ def test_chosen_jobs_bring_what_they_need(tmp_path):
     ]
 
 
-class Sleeper(run.Runner):
-    """Whose jobs sleep, fail or end, by their name."""
+# Commands that print, fail, end their process or sleep, and where they run.
+COMMANDS = """
+import os, random, sys, time
+import mlx.core as mx, numpy as np
 
-    def start(self, job):
-        path = self.plan.set_up(job)
-        script = {
-            "ends": f"open({str(self.plan.done_file(job))!r}, 'w').write('{{}}')",
-            "fails": "raise SystemExit('what failed')",
-            "sleeps": "import time; time.sleep(60)",
-        }[job.name.split("-")[0]]
-        with (path.parent / "log.txt").open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-c", script], stderr=log, start_new_session=True
-            )
-        self.running[job.name] = (job, process, 0.0)
-        self.started = [*getattr(self, "started", []), job.name]
+def main(arguments):
+    what, *rest = arguments
+    print("process", os.getpid(), flush=True)
+    os.system("echo from outside of Python")
+    if what == "draws":
+        print("drawn", mx.random.uniform().item(), np.random.rand(), random.random())
+    if what == "fails":
+        raise ValueError("what failed")
+    if what == "exits":
+        sys.exit(2)
+    if what == "dies":
+        os._exit(7)
+    if what == "sleeps":
+        open(rest[0], "w").close()
+        try:
+            time.sleep(60)
+        except KeyboardInterrupt:
+            print("interrupted", flush=True)
+            sys.exit(130)
+"""
+WORKER = """
+import sys
+sys.path[:0] = sys.argv[1:]
+import chain
+chain.COMMANDS["try"] = "commands"
+chain.main()
+"""
 
 
-def test_jobs_wait_for_what_they_need_and_are_not_run_twice(tmp_path, capsys):
+@pytest.fixture
+def runner(tmp_path, monkeypatch):
+    """Makes runners of jobs of one command, that their name tells."""
+    (tmp_path / "commands.py").write_text(COMMANDS)
+    command = (sys.executable, "-c", WORKER, str(REPRODUCTION), str(tmp_path))
+    monkeypatch.setattr(run.Runner, "command", command)
     plan = make_plan(tmp_path)
-    jobs = [
-        Job("ends-1", []),
-        Job("fails", []),
-        Job("ends-2", [], ("fails",)),
-        Job("ends-3", [], ("ends-1",)),
-    ]
-    runner = Sleeper(plan, jobs, processes=1, seconds=20)
-    runner.run()
-    assert runner.started == ["ends-1", "fails", "ends-3"]
-    assert runner.failed == ["fails"]
-    assert "what failed" in capsys.readouterr().out
-    again = Sleeper(plan, jobs, processes=2, seconds=20)
+
+    def make(jobs, processes, seconds=30.0):
+        jobs = [
+            Job(name, [jobs_command("try", name.split("-")[0], tmp_path / f"{name}.begun")], needs)
+            for name, needs in jobs.items()
+        ]
+        return run.Runner(plan, jobs, processes, seconds)
+
+    make.log = lambda name: (plan.folder(name) / "log.txt").read_text()
+    return make
+
+
+def processes_of(text):
+    return [line.split()[1] for line in text.split("\n") if line.startswith("process")]
+
+
+def test_a_process_runs_one_job_after_the_other_and_survives_those_that_fail(runner, capfd):
+    jobs = {
+        "draws-1": (),
+        "fails": (),
+        "draws-2": ("fails",),
+        "exits": (),
+        "draws-3": ("draws-1",),
+    }
+    first = runner(jobs, 1)
+    first.run()
+    assert first.failed == ["fails", "exits"]
+    assert first.done == {"draws-1", "draws-3"}
+    logs = {name: runner.log(name) for name in jobs if name != "draws-2"}
+    assert len({number for log in logs.values() for number in processes_of(log)}) == 1
+    # Each log has what its own job printed, and all of it.
+    assert all(log.count("from outside of Python") == 1 for log in logs.values())
+    assert "ValueError: what failed" in logs["fails"] and "what failed" not in logs["draws-3"]
+    out = capfd.readouterr().out
+    assert "fails: failed: ValueError: what failed" in out and "process" not in out
+    drawn = [line for log in logs.values() for line in log.split("\n") if line.startswith("drawn")]
+    assert len(drawn) == 2 and len(set(drawn)) == 1
+
+    again = runner(jobs, 1)
     again.run()
-    assert again.started == ["fails"]
+    # What is done is not run twice.
+    assert runner.log("draws-1") == logs["draws-1"]
+    assert len(processes_of(runner.log("fails"))) == 2
 
 
-def test_at_the_time_limit_what_runs_is_stopped_and_nothing_starts(tmp_path, capsys):
-    plan = make_plan(tmp_path)
-    runner = Sleeper(plan, [Job("sleeps-1", []), Job("sleeps-2", [])], 1, seconds=0.5)
-    runner.run()
-    assert runner.started == ["sleeps-1"]
-    [(_, process, _)] = runner.running.values()
-    assert process.returncode is not None
-    assert "sleeps-1: stopped" in capsys.readouterr().out
+def test_a_process_that_dies_takes_one_job_with_it(runner, capfd):
+    found = runner({"dies": (), "draws": ()}, 1)
+    found.run()
+    assert (found.failed, found.done) == (["dies"], {"draws"})
+    assert "dies: exit status 7" in capfd.readouterr().out
+    assert processes_of(runner.log("dies")) != processes_of(runner.log("draws"))
+
+
+def test_at_the_time_limit_what_runs_is_stopped_and_nothing_starts(runner, tmp_path, capfd):
+    found = runner({"sleeps-1": (), "sleeps-2": ()}, 1)
+    collect, begun = found.collect, tmp_path / "sleeps-1.begun"
+
+    def until_it_sleeps(seconds):
+        collect(seconds)
+        if begun.exists():
+            found.deadline = 0.0
+
+    found.collect = until_it_sleeps
+    # As in a shell's background job.
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        found.run()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert [job.name for job in found.waiting] == ["sleeps-2"]
+    [worker] = found.workers
+    assert worker.process.returncode == chain.INTERRUPTED
+    assert runner.log("sleeps-1").endswith("interrupted\n")
+    assert "sleeps-1: stopped" in capfd.readouterr().out and not found.failed
 
 
 def test_from_the_teacher_to_the_table(tiny_teacher, tmp_path, capsys):

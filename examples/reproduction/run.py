@@ -10,11 +10,13 @@ import argparse
 import csv
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -31,16 +33,56 @@ PATIENCE = 20.0
 LAST_STEPS = 10
 
 
+class Worker:
+    """A process that runs one job after the other.
+
+    job: the one that it runs, begun at ``started``; None while it has none.
+    """
+
+    def __init__(self, command: list[str]):
+        paths = [str(ROOT), os.environ.get("PYTHONPATH")]
+        self.process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            # What stops this program stops the jobs its own way.
+            start_new_session=True,
+        )
+        self.job: Job | None = None
+        self.started = 0.0
+
+    def fileno(self) -> int:
+        return self.process.stdout.fileno()
+
+    def give(self, job: Job, path: Path) -> None:
+        self.job, self.started = job, time.monotonic()
+        self.process.stdin.write(f"{path}\n")
+        self.process.stdin.flush()
+
+    def signal(self, number: int) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, number)
+
+
 class Runner:
-    """Runs jobs side by side, as many as it may."""
+    """Runs jobs side by side, in as many processes as it may have."""
+
+    command = (sys.executable, str(HERE / "chain.py"))
 
     def __init__(self, plan: Plan, jobs: list[Job], processes: int, seconds: float):
         self.plan, self.processes = plan, processes
         self.deadline = time.monotonic() + seconds
         self.done = {job.name for job in jobs if plan.done_file(job).exists()}
         self.waiting = [job for job in jobs if job.name not in self.done]
-        self.running: dict[str, tuple[Job, subprocess.Popen, float]] = {}
+        self.workers: list[Worker] = []
         self.failed: list[str] = []
+
+    @property
+    def running(self) -> list[Worker]:
+        return [worker for worker in self.workers if worker.job is not None]
 
     def run(self) -> None:
         try:
@@ -48,10 +90,9 @@ class Runner:
                 self.start_what_can()
                 if not self.running:
                     break
-                time.sleep(0.1)
-                self.collect()
+                self.collect(0.1)
         finally:
-            self.collect()
+            self.collect(0.0)
             self.stop()
 
     def start_what_can(self) -> None:
@@ -63,51 +104,48 @@ class Runner:
                 self.start(job)
 
     def start(self, job: Job) -> None:
+        """Give a job to a process that has none."""
         path = self.plan.set_up(job)
-        paths = [str(ROOT), os.environ.get("PYTHONPATH")]
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
-        with (path.parent / "log.txt").open("a") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(HERE / "chain.py"), str(path)],
-                cwd=ROOT,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                # What stops this program stops the jobs its own way.
-                start_new_session=True,
-            )
-        self.running[job.name] = (job, process, time.monotonic())
+        (path.parent / "log.txt").touch()
+        free = [w for w in self.workers if w.job is None and w.process.poll() is None]
+        if not free:
+            free = [Worker(list(self.command))]
+            self.workers += free
+        free[0].give(job, path)
 
-    def collect(self) -> None:
-        for name, (job, process, started) in list(self.running.items()):
-            if process.poll() is None:
-                continue
-            del self.running[name]
-            seconds = time.monotonic() - started
-            if process.returncode == 0:
-                self.done.add(name)
-                self.note(f"{name}: done in {seconds:.0f} s")
+    def collect(self, seconds: float) -> None:
+        """Take down what has ended, having waited so long at most."""
+        for worker in select.select(self.running, [], [], seconds)[0]:
+            answer = worker.process.stdout.readline().strip()
+            job, worker.job = worker.job, None
+            if not answer:
+                # It is gone, the job with it; the next gets a new one.
+                self.workers.remove(worker)
+                answer = f"exit status {worker.process.wait()}"
+            if answer == "done":
+                self.done.add(job.name)
+                self.note(f"{job.name}: done in {time.monotonic() - worker.started:.0f} s")
                 if job.about is not None:
                     add_result(self.plan, job)
                     tidy(self.plan, job)
             else:
-                self.failed.append(name)
-                log = (self.plan.folder(name) / "log.txt").read_text().strip().split("\n")
-                self.note(f"{name}: failed ({process.returncode}): {log[-1]}")
+                self.failed.append(job.name)
+                log = (self.plan.folder(job.name) / "log.txt").read_text().strip().split("\n")
+                self.note(f"{job.name}: {answer}: {log[-1]}")
 
     def stop(self) -> None:
         """Interrupt what still runs; it goes on from its last checkpoint another time."""
-        for _, process, _ in self.running.values():
-            os.killpg(process.pid, signal.SIGINT)
+        for worker in self.workers:
+            worker.signal(signal.SIGINT)
         until = time.monotonic() + PATIENCE
-        for name, (_, process, _) in self.running.items():
+        for worker in self.workers:
             try:
-                process.wait(max(0.0, until - time.monotonic()))
+                worker.process.wait(max(0.0, until - time.monotonic()))
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            self.note(f"{name}: stopped")
+                worker.signal(signal.SIGKILL)
+                worker.process.wait()
+            if worker.job is not None:
+                self.note(f"{worker.job.name}: stopped")
 
     def note(self, text: str) -> None:
         counts = f"{len(self.done)} done, {len(self.running)} running, {len(self.waiting)} waiting"

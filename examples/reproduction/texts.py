@@ -8,7 +8,7 @@ import random
 import sys
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count, takewhile
 from pathlib import Path
@@ -19,7 +19,7 @@ TOKENIZER = DEMO.parent.parent / "mlx_hydra" / "demo" / "model"
 sys.path.append(str(DEMO))
 
 from questions import Encoder, prompt  # noqa: E402
-from reports import Fact, filler, sentences  # noqa: E402
+from reports import ATTRIBUTES, Fact, filler, sentences  # noqa: E402
 
 SEED = 20261123
 BOS, EOS = "<s>", "</s>"
@@ -28,6 +28,9 @@ BOS, EOS = "<s>", "</s>"
 # None: a single fact in the whole report. To each its share of the documents.
 DENSITIES = {None: 0.1, 0.15: 0.1, 0.3: 0.25, 0.6: 0.3, 0.9: 0.25}
 ASKED_DENSITY = 0.25
+# Attributes whose value is a first and a last name.
+PEOPLE = {name for name, draw in ATTRIBUTES.items() if draw is ATTRIBUTES["director"]}
+
 # A report of the task "single" has one fact, so it is asked one question.
 PER_REPORT = {"single": 1, "multi_key": 4}
 TASKS = tuple(PER_REPORT)
@@ -151,12 +154,25 @@ class Writer:
     def tokens(self, question: str, answer: str) -> int:
         return len(self.encode(question)) + len(self.encode(answer)) + 1
 
-    def document(self, rng: random.Random, length: int) -> Document:
-        """A document to learn from: a report, and as many questions as fit into ``length``."""
+    def by_last_name(self, piece: Piece) -> Piece:
+        """The same fact with a person's last name alone."""
+        fact = piece.fact
+        last = fact.value.split()[-1]
+        return self.piece(piece.text.replace(fact.value, last), replace(fact, value=last))
+
+    def document(self, rng: random.Random, length: int, last_names: float = 0.0) -> Document:
+        """A document to learn from: a report, and as many questions as fit into ``length``.
+
+        last_names: the share of people who are called by their last name alone.
+        """
         while True:
             for_questions = min(int(length * rng.uniform(0.25, 0.6)), 1600)
             [density] = rng.choices(list(DENSITIES), DENSITIES.values())
             pieces = self.report(rng, length - for_questions, density)
+            for n, piece in enumerate(pieces):
+                person = piece.fact is not None and piece.fact.attribute in PEOPLE
+                if last_names and person and rng.random() < last_names:
+                    pieces[n] = self.by_last_name(piece)
             facts = [piece.fact for piece in pieces if piece.fact is not None]
             rng.shuffle(facts)
             left, asked = length - 1 - size(pieces), []
