@@ -64,6 +64,15 @@ class Kernel:
         )
 
 
+@functools.lru_cache(maxsize=256)
+def constant(values: tuple, dtype: mx.Dtype) -> mx.array:
+    """A kernel's few numbers, in one array for all layers and steps.
+
+    A new one would have to be brought over by page faults on CUDA, for every call.
+    """
+    return mx.array(values, dtype)
+
+
 @functools.cache
 def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callable:
     body = read_text(f"{kernel.name}.metal")

@@ -3,7 +3,6 @@ import itertools
 import mlx.core as mx
 import numpy as np
 import pytest
-import tiny
 from delta_reference import from_projections, normed, plain, sigmoid
 
 from mlx_hydra import kernels
@@ -244,8 +243,3 @@ def test_what_the_kernel_does_not_take_is_left_to_the_parts(call, named, monkeyp
 def test_without_a_gpu_the_parts_run(monkeypatch):
     monkeypatch.setattr(kernels, "gpu_backend", lambda: None)
     assert step_backend(mx.float32, 1, 128, 4) == "ops"
-
-
-def test_one_offset_serves_all_layers():
-    assert module.position(5) is module.position(5)
-    assert tiny.distance(module.position(7), np.array([7])) == 0

@@ -116,6 +116,13 @@ def test_address_spaces_are_said_in_cudas_words():
     assert "//" not in cuda
 
 
+def test_numbers_are_one_array_for_all_calls():
+    numbers = kernels.constant((5, 7), mx.int32)
+    assert kernels.constant((5, 7), mx.int32) is numbers
+    assert (numbers.tolist(), numbers.dtype) == ([5, 7], mx.int32)
+    assert kernels.constant((5, 7), mx.float32).dtype == mx.float32
+
+
 def test_every_kernel_says_what_it_is_before_it_begins():
     folder = kernels.folder()
     files = sorted(folder.glob("*.metal"))

@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from ..ops.gated_delta_step import position
+from .. import kernels
 from ..ops.head_attention import takes_arrays
 from .cache import CacheList, full_part, linear_part
 
@@ -114,7 +114,7 @@ class CompiledStep:
         traced = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
         if traced != self._traced:
             self._traced, self._run = traced, mx.compile(traceable(layers))
-        h, arrays = self._run(h, position(offset), arrays)
+        h, arrays = self._run(h, kernels.constant((offset,), mx.int32), arrays)
         for c, (of_full, of_linear) in zip(cache, arrays):
             full, linear = full_part(c), linear_part(c)
             if full is not None:

@@ -1,6 +1,5 @@
 """Fusion of head outputs: a norm, a gate and one learned weight a head (HydraHead, Eq 13-14)."""
 
-from functools import cache
 from typing import Optional
 
 import mlx.core as mx
@@ -95,7 +94,7 @@ def _by_kernel(o, gamma, gate, eps, activation, backend):
     kind = NO_GATE if gate is None else GATE_KINDS[activation]
     # A kernel has all its inputs always; what stands for the gate is not read.
     gate = gamma if gate is None else gate
-    epsilon = constants(0.0 if eps is None else eps)
+    epsilon = kernels.constant((eps or 0.0,), mx.float32)
     launch = {
         "template": [
             ("X", o.dtype),
@@ -135,9 +134,3 @@ def _by_kernel(o, gamma, gate, eps, activation, backend):
         return d_o, d_gamma.sum((0, 1)), d_gate
 
     return fuse(o, mx.contiguous(gamma), gate)
-
-
-@cache
-def constants(*values: float) -> mx.array:
-    """Numbers that a kernel reads and that stay what they are from call to call."""
-    return mx.array(values, mx.float32)

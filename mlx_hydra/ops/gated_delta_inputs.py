@@ -12,8 +12,8 @@ import mlx.nn as nn
 
 from .. import kernels
 from .backend import resolve_backend
-from .fuse_heads import DTYPES, constants
-from .gated_delta_step import HEAD_DIMS, TAPS, Rotation, Weights, position
+from .fuse_heads import DTYPES
+from .gated_delta_step import HEAD_DIMS, TAPS, Rotation, Weights
 
 L2_NORM_EPS = 1e-6
 
@@ -200,7 +200,7 @@ def _by_kernel(backend, projections, weights, past, offset, mask, lengths, rotat
     taps = 0 if weights.convolution is None else weights.convolution[0].shape[1]
     fresh = past is None
     if isinstance(offset, int):
-        offset = position(offset)
+        offset = kernels.constant((offset,), mx.int32)
     # A kernel has all its inputs always; others stand for those that it does not read.
     convolution = map(mx.contiguous, weights.convolution) if taps else (q,) * 3
     past = q if fresh else mx.contiguous(past)
@@ -211,7 +211,8 @@ def _by_kernel(backend, projections, weights, past, offset, mask, lengths, rotat
         [
             *(*projections, *convolution, past, mx.contiguous(mask) if masked else offset),
             *(lengths if ends else offset, weights.q_norm, weights.k_norm, frequencies, offset),
-            *(weights.A_log, weights.dt_bias, constants(weights.norm_eps, scale)),
+            *(weights.A_log, weights.dt_bias),
+            kernels.constant((weights.norm_eps, scale), mx.float32),
         ],
         template=[
             *(("X", q.dtype), ("P", past.dtype), ("W", (weights.convolution or (q,))[0].dtype)),

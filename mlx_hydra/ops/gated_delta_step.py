@@ -3,14 +3,13 @@
 The plain form of it is what ``models.hydrahead.LinearAttention`` does part by part.
 """
 
-from functools import lru_cache
 from typing import NamedTuple, Optional, Union
 
 import mlx.core as mx
 
 from .. import kernels
 from .backend import resolve_backend
-from .fuse_heads import DTYPES, constants
+from .fuse_heads import DTYPES
 
 MOST_TOKENS = 8
 HEAD_DIMS = (32, 64, 128, 256)
@@ -126,7 +125,7 @@ def gated_delta_step(
     if taps and past is None:
         past = mx.zeros((B, taps - 1, 3 * H * D), projected.dtype)
     if isinstance(offset, int):
-        offset = position(offset)
+        offset = kernels.constant((offset,), mx.int32)
 
     # A kernel has all its inputs always; others stand for those that it does not read.
     convolution = weights.convolution or (projected,) * 3
@@ -139,7 +138,7 @@ def gated_delta_step(
             *(projected, *convolution, past, weights.q_norm, weights.k_norm, frequencies),
             *(offset, offset if mask is None else mask, weights.A_log, weights.dt_bias),
             *(mx.contiguous(state), state if full is None else full, gamma),
-            constants(weights.norm_eps, scale, eps or 0.0, full_eps or 0.0),
+            kernels.constant((weights.norm_eps, scale, eps or 0.0, full_eps or 0.0), mx.float32),
         ],
         template=[
             *(("X", projected.dtype), ("P", past.dtype), ("W", convolution[0].dtype)),
@@ -160,9 +159,3 @@ def gated_delta_step(
         output_dtypes=[projected.dtype, mx.float32, projected.dtype],
     )
     return out, state, past if taps else None
-
-
-@lru_cache(maxsize=4)
-def position(offset):
-    """One array for all layers of a model."""
-    return mx.array([offset], mx.int32)

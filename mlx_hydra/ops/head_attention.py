@@ -242,9 +242,9 @@ def _run(q, k, v, call, backend):
         backend,
         [
             *(q, k, k_scales, k_biases, v, v_scales, v_biases, mask),
-            _constant((blocks, n, *heads), mx.int32),
-            _constant(call.offset, mx.int32),
-            _constant(call.scale, mx.float32),
+            kernels.constant((blocks, n, *heads), mx.int32),
+            _number(call.offset, mx.int32),
+            _number(call.scale, mx.float32),
         ],
         template=template,
         groups=(splits * blocks, n, B),
@@ -277,14 +277,8 @@ def _heads_by_group(index):
     return len(groups), (*sorted(set(index)), *bounds, *heads), max(map(len, groups))
 
 
-def _constant(x, dtype):
-    return x if isinstance(x, mx.array) else _array(x if isinstance(x, tuple) else (x,), dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _array(values, dtype):
-    """One array for all layers and steps: on CUDA a new one costs a page fault on either side."""
-    return mx.array(values, dtype)
+def _number(x, dtype):
+    return x if isinstance(x, mx.array) else kernels.constant((x,), dtype)
 
 
 def _gradients(q, k, v, cotangent, call):
