@@ -11,11 +11,11 @@ import argparse
 import json
 import math
 import time
-from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
+import record
 from rich.console import Console
 from rich.table import Table
 
@@ -286,7 +286,7 @@ def main() -> None:
     if backend is None:
         parser.error("the kernels need an Apple or NVIDIA GPU; none is here.")
     mx.random.seed(0)
-    device = mx.device_info().get("device_name", backend)
+    device = record.device()
     rates = next((r for name, r in DEVICES.items() if name in device), (math.nan, math.nan))
     rows = []
     table = Table("operation", "shape", "peer", "ms", "ours is", "floor ms")
@@ -309,14 +309,7 @@ def main() -> None:
             ratio = "" if t == ours else f"{t / ours:.2f}x"
             table.add_row(operation, shape, name, f"{1e3 * t:.3f}", ratio, f"{1e3 * floor:.3f}")
             operation = shape = ""
-        if args.out is not None:
-            content = {
-                "date": date.today().isoformat(),
-                "device": device,
-                "mlx": mx.__version__,
-                "results": rows,
-            }
-            args.out.write_text(json.dumps(content, indent=2) + "\n")
+        record.write(args.out, results=rows)
     Console(width=160).print(table)
     if args.plot is not None:
         plot(rows, device, args.plot)

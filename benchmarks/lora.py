@@ -14,11 +14,10 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm
+import record
 from mlx.utils import tree_flatten
 from prefill import build
 
@@ -111,17 +110,7 @@ def main() -> None:
             runs.append(train(model, data, backend, args))
             print(runs[-1].pop("printed", ""), flush=True)
             print(json.dumps(runs[-1]), flush=True)
-            if args.out is not None:
-                content = {
-                    "date": date.today().isoformat(),
-                    "device": mx.device_info().get("device_name", str(mx.default_device())),
-                    "mlx": mx.__version__,
-                    "mlx_lm": mlx_lm.__version__,
-                    "size": args.size,
-                    "tokens": args.tokens,
-                    "runs": runs,
-                }
-                args.out.write_text(json.dumps(content, indent=2) + "\n")
+            record.write(args.out, size=args.size, tokens=args.tokens, runs=runs)
 
 
 if __name__ == "__main__":

@@ -13,11 +13,10 @@ import argparse
 import functools
 import json
 import os
-from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm
+import record
 from mlx.utils import tree_flatten
 from prefill import build, fastest, measure
 from rich.console import Console
@@ -25,6 +24,8 @@ from rich.table import Table
 
 from mlx_hydra import kernels
 
+# Options that the results tell.
+ABOUT = ("backend", "size", "prefill_step_size", "decode_tokens")
 MODELS = {"dense": None, "hydrahead 25%": 0.25, "hydrahead 12.5%": 0.125}
 
 
@@ -101,7 +102,6 @@ def main() -> None:
     args = parser.parse_args()
 
     os.environ["MLX_HYDRA_BACKEND"] = args.backend
-    device = mx.device_info().get("device_name", str(mx.default_device()))
     rows = []
     for bits in args.bits:
         weights = bits if bits == "bfloat16" else f"{bits} bits"
@@ -127,21 +127,11 @@ def main() -> None:
                 got["peak_bytes"] += own - held
                 rows.append({"weights": weights, "tokens": tokens, "model": name, **got})
                 print(json.dumps(rows[-1]), flush=True)
-                if args.out is not None:
-                    content = {
-                        "date": date.today().isoformat(),
-                        "device": device,
-                        "backend": args.backend,
-                        "mlx": mx.__version__,
-                        "mlx_lm": mlx_lm.__version__,
-                        "size": args.size,
-                        "prefill_step_size": args.prefill_step_size,
-                        "results": rows,
-                    }
-                    args.out.write_text(json.dumps(content, indent=2) + "\n")
+                about = {name: getattr(args, name) for name in ABOUT}
+                record.write(args.out, **about, results=rows)
     show(rows)
     if args.plot is not None:
-        plot(rows, device, args.plot)
+        plot(rows, record.device(), args.plot)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,12 @@ speed, dense over ours for the cache: over 1 is to our favour.
 import argparse
 import json
 import time
-from datetime import date
 from pathlib import Path
 from typing import Optional
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
+import record
 from mlx.utils import tree_map_with_path
 from mlx_lm.generate import generate_step
 from mlx_lm.models import qwen3
@@ -175,17 +174,7 @@ def main() -> None:
                 results[name] = fastest(results[name], got)
         rows.append(compare(tokens, results["dense"], results["hydrahead"]))
         print(json.dumps(rows[-1]), flush=True)
-        if args.out is not None:
-            content = {
-                "date": date.today().isoformat(),
-                "device": mx.device_info().get("device_name", str(mx.default_device())),
-                "mlx": mx.__version__,
-                "mlx_lm": mlx_lm.__version__,
-                "size": args.size,
-                "prefill_step_size": step,
-                "results": rows,
-            }
-            args.out.write_text(json.dumps(content, indent=2) + "\n")
+        record.write(args.out, size=args.size, prefill_step_size=step, results=rows)
     show(rows)
 
 

@@ -10,16 +10,14 @@ many receivers as a selection takes at most. Times are medians.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import mlx.core as mx
-import mlx_lm
 import numpy as np
+import record
 from mlx_lm.models.cache import make_prompt_cache
 from prefill import SIZES, build
 from rich.console import Console
@@ -119,10 +117,6 @@ def main() -> None:
         )
     receivers = sum(r["forward_passes"] for r in rows[:2])
     result = {
-        "date": date.today().isoformat(),
-        "device": mx.device_info().get("device_name", str(mx.default_device())),
-        "mlx": mx.__version__,
-        "mlx_lm": mlx_lm.__version__,
         "size": args.size,
         "context": args.context,
         "answer_tokens": args.answer,
@@ -131,8 +125,7 @@ def main() -> None:
         "receivers_in_forward_passes": round(receivers, 3),
         "parts": rows,
     }
-    if args.out is not None:
-        args.out.write_text(json.dumps(result, indent=2) + "\n")
+    record.write(args.out, **result)
     table = Table("part", "seconds", "forward passes", "counted", "peak GB")
     table.add_row("a forward pass", f"{forward:.3f}", "1.00", "1.00", "")
     for r in rows:
