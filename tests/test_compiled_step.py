@@ -148,6 +148,18 @@ def test_a_cache_that_grows_is_grown_by_an_ordinary_step(compiled):
     assert keys_of(cache).shape[2] == 512
 
 
+def test_what_was_traced_for_a_smaller_cache_is_not_kept(compiled):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(6)
+    step, cache = model.model._compiled_step, begun(model, tokens=252)
+    read(model, tokens[:, :2], cache)
+    before = step._run
+    read(model, tokens[:, 2:3], cache)
+    assert step._run is before
+    read(model, tokens[:, 3:], cache)
+    assert keys_of(cache).shape[2] == 512
+    assert step._run is not before
+
+
 def test_sequences_take_turns(compiled):
     model, tokens = tiny.model(**SIZES), tiny.tokens(6, batch=2)
     caches = [begun(model, tokens=n) for n in (3, 7)]
@@ -175,6 +187,10 @@ def test_new_weights_and_new_layers_are_taken_up(compiled):
     model, tokens = tiny.model(**SIZES), tiny.tokens(3)
     read(model, tokens, begun(model))
     model.update(tree_map(lambda w: 0.9 * w, model.parameters()))
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+
+    model.layers[0] = tiny.model(seed=1, **SIZES).layers[0]
     expected = read(model, tokens, begun(model), one_by_one=False)
     assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
 

@@ -4,7 +4,7 @@ import delta_reference as reference
 import mlx.core as mx
 import numpy as np
 import pytest
-from delta_reference import NAMES
+from delta_reference import DECAYS, NAMES
 
 from mlx_hydra import kernels
 from mlx_hydra.ops.gated_delta import gated_delta
@@ -95,19 +95,6 @@ def test_gradients_are_those_of_float64(kernel_backend, T, D, dtype):
 @pytest.mark.parametrize("Dk, Dv", [(16, 80), (96, 16)])
 def test_keys_and_values_differ_in_size(kernel_backend, Dk, Dv):
     check(relative_errors(kernel_backend, inputs(70, B=3, Dk=Dk, Dv=Dv)))
-
-
-DECAYS = {
-    "1": lambda rng, shape: np.ones(shape),
-    "1e-6": lambda rng, shape: np.full(shape, 1e-6),
-    "1e-6 beside 1": lambda rng, shape: rng.choice([1e-6, 1.0], shape),
-    "from 1e-6 to 1": lambda rng, shape: 10 ** rng.uniform(-6, 0, shape),
-    "one reset in a chunk of ones": lambda rng, shape: np.where(
-        np.arange(shape[1])[None, :, None] == 40, 1e-6, np.ones(shape)
-    ),
-    "next to 1": lambda rng, shape: 1 - 10 ** rng.uniform(-6, -3, shape),
-    "1e-30 beside 1": lambda rng, shape: rng.choice([1e-30, 1.0], shape),
-}
 
 
 @pytest.mark.parametrize("decay", DECAYS)
