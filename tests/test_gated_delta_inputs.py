@@ -164,6 +164,9 @@ def test_the_kernel_is_right_to_float64(case, kernel_backend):
 def test_so_are_plain_ops(case):
     case = BASE | case
     projections, arguments = inputs(case)
+    if isinstance(arguments["offset"], mx.array):
+        # On a GPU MLX's RoPE takes them for unsigned. Only padding is before the first token.
+        arguments["offset"] = mx.maximum(arguments["offset"], 0)
     found = run(projections, arguments, "ops")
     check(found, from_projections(*projections, **arguments), case["dtype"])
 

@@ -282,32 +282,34 @@ def _number(x, dtype):
 
 
 def _gradients(q, k, v, cotangent, call):
-    """Gradients of the plain form, a block of queries after the other."""
+    """Gradients of the plain form, a block of queries after the other; q's alone if packed."""
     B, H, T, _ = q.shape
     plain = call.bits is None
+    if not plain:
+        # Not every GPU backend of MLX has packed products of all sizes.
+        packed = {"group_size": call.group_size, "bits": call.bits}
+        k, v = (mx.dequantize(*x, **packed) for x in (k, v))
+        call = call._replace(group_size=None, bits=None)
     rows = max(16, SCORE_BYTES // (4 * B * H * (call.offset + T)))
-    dq, sums = [], []
-    if plain:
-        sums = [mx.zeros(x.shape, mx.float32) for x in (k, v)]
+    dq, sums = [], [mx.zeros(x.shape, mx.float32) for x in (k, v)] if plain else []
     for start in reversed(range(0, T, rows)):
         stop = min(start + rows, T)
         part = call._replace(
             offset=call.offset + start,
             mask=None if call.mask is None else call.mask[:, :, start:stop],
         )
-        seen = call.offset + stop if call.mask is None else (k if plain else k[0]).shape[2]
+        seen = call.offset + stop if call.mask is None else k.shape[2]
         block, given = q[:, :, start:stop], cotangent[:, :, start:stop]
         if dq:
             # One after the other: each holds scores of its own.
             block = mx.depends(block, [dq[0], *sums])
-        if plain:
-            _, found = mx.vjp(
-                lambda q, k, v, part=part: _by_ops(q, k, v, part),
-                [block, _keys(k, seen), _keys(v, seen)],
-                [given],
-            )
-        else:
-            _, found = mx.vjp(lambda q, part=part: _by_ops(q, k, v, part), [block], [given])
+        keys, values = _keys(k, seen), _keys(v, seen)
+
+        def attend(q, k=keys, v=values, part=part):
+            return _by_ops(q, k, v, part)
+
+        primals = [block, keys, values] if plain else [block]
+        _, found = mx.vjp(attend, primals, [given])
         dq.insert(0, found[0])
         for total, x in zip(sums, found[1:]):
             total[:, :, :seen] = total[:, :, :seen] + x
