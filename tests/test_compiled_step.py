@@ -251,3 +251,24 @@ def test_a_model_can_be_copied_and_freed(compiled):
         assert gone() is None
     finally:
         gc.enable()
+
+
+def test_layers_share_what_they_make_of_the_position(compiled, monkeypatch):
+    model, made = tiny.model(**SIZES, full_attention_heads=[[0], [1, 2], [3]]), []
+    cache = begun(model)
+
+    def spy(name, make):
+        def seen(self, *key):
+            made.append((name, key, make(self, *key)))
+            return made[-1][-1]
+
+        monkeypatch.setattr(compiled_step.Position, name, seen)
+
+    spy("rows", compiled_step.Position.rows)
+    spy("log_scale", compiled_step.Position.log_scale)
+    read(model, tiny.tokens(2), cache)
+    assert compiled
+    for name, calls in (("rows", 6), ("log_scale", 3)):
+        found = [(key, array) for of, key, array in made if of == name]
+        assert len(found) == calls
+        assert len({id(array) for _, array in found}) == len({key for key, _ in found}) < calls

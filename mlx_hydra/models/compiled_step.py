@@ -1,5 +1,6 @@
 """A decode step of one token as one compiled function, for which the host walks no layers."""
 
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from itertools import chain
@@ -14,28 +15,50 @@ from ..ops.head_attention import takes_arrays
 from .cache import CacheList, full_part, linear_part
 
 
+class Position:
+    """Where a compiled step's token stands, and what its layers make of that alike."""
+
+    def __init__(self, offset: mx.array):
+        self.offset = offset
+        self._made: dict[tuple, mx.array] = {}
+
+    def rows(self, heads: int, room: int) -> mx.array:
+        """The token's row for each of ``heads``, in an array of ``room`` rows a head."""
+        return self._once((heads, room), lambda: room * mx.arange(heads) + self.offset)
+
+    def log_scale(self, base: float, scale: float) -> mx.array:
+        """``scale * log(offset + base) / log(base)``."""
+        factor = scale / math.log(base)
+        return self._once((base, factor), lambda: mx.log(self.offset + base) * factor)
+
+    def _once(self, key, make):
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+
 class KVBuffers:
     """A KV cache's buffers inside a compiled step: read whole, and written where an array says."""
 
-    def __init__(self, keys: mx.array, values: mx.array, offset: mx.array):
-        self.keys, self.values, self.offset = keys, values, offset
+    def __init__(self, keys: mx.array, values: mx.array, position: Position):
+        self.keys, self.values, self.position = keys, values, position
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.keys, self.values = (
-            written(*pair, self.offset) for pair in ((self.keys, keys), (self.values, values))
+            written(*pair, self.position) for pair in ((self.keys, keys), (self.values, values))
         )
         return self.keys, self.values
 
 
-def written(buffer: mx.array, row: mx.array, offset: mx.array) -> mx.array:
-    """``buffer [B, H, S, D]`` with ``row [B, H, 1, D]`` at an offset; in place where that is safe.
+def written(buffer: mx.array, row: mx.array, position: Position) -> mx.array:
+    """``buffer [B, H, S, D]`` with ``row [B, H, 1, D]`` at a position; in place where safe.
 
     A scatter of rows: MLX's slice_update starts a kernel more, and on CUDA fetches where to write
     from the host's memory (31 us a call on an H100, scatter 3).
     """
     B, H, S, D = buffer.shape
     rows = buffer.reshape(-1, D)
-    rows[S * mx.arange(B * H) + offset] = row.reshape(-1, D)
+    rows[position.rows(B * H, S)] = row.reshape(-1, D)
     return rows.reshape(buffer.shape)
 
 
@@ -138,9 +161,9 @@ def traceable(layers: Sequence[nn.Module]):
     """The layers as a function of arrays: hidden state, position, and arrays of each cache."""
 
     def step(h, offset, arrays):
-        left = []
+        left, position = [], Position(offset)
         for layer, (of_full, of_linear) in zip(layers, arrays):
-            full = KVBuffers(*of_full, offset) if of_full else None
+            full = KVBuffers(*of_full, position) if of_full else None
             linear = None
             if of_linear:
                 linear = ArraysCache(size=len(of_linear))

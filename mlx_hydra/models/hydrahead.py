@@ -120,7 +120,7 @@ class FullAttention(nn.Module):
                 # One position: its factor is a number, and costs no operation.
                 scale *= math.log(offset + a) / math.log(a)
             elif isinstance(cache, KVBuffers):
-                scale = mx.log(offset + a) * (scale / math.log(a))
+                scale = cache.position.log_scale(a, scale)
             else:
                 q = (q * self._log_scale(T, offset)).astype(q.dtype)
 
