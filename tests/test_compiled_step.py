@@ -272,3 +272,25 @@ def test_layers_share_what_they_make_of_the_position(compiled, monkeypatch):
         found = [(key, array) for of, key, array in made if of == name]
         assert len(found) == calls
         assert len({id(array) for _, array in found}) == len({key for key, _ in found}) < calls
+
+
+def test_a_prefill_begins_before_its_last_layers_are_built(compiled, monkeypatch):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(8)
+    expected = read(model, tokens, make_prompt_cache(model), one_by_one=False)
+    monkeypatch.setattr(hydrahead, "kernels_run", lambda: True)
+    monkeypatch.setattr(hydrahead, "PREFILL", 8)
+    begun, begin = [], mx.async_eval
+
+    def seen(h):
+        begin(h)
+        begun.append(h)
+
+    monkeypatch.setattr(mx, "async_eval", seen)
+    found = read(model, tokens, make_prompt_cache(model), one_by_one=False)
+    assert len(begun) == len(model.layers)
+    assert tiny.distance(found, expected) < 1e-4
+    whole = mx.compile(lambda tokens: model(tokens, cache=make_prompt_cache(model)))
+    assert tiny.distance(whole(tokens), expected) < 1e-4
+    model(tokens[:, :7], cache=make_prompt_cache(model))
+    model(tokens)
+    assert len(begun) == len(model.layers)

@@ -4,6 +4,8 @@ An attention layer holds two kinds of heads: a few keep causal softmax attention
 Gated DeltaNet heads (arXiv 2412.06464). docs/architecture.md tells which choices are the paper's.
 """
 
+import contextlib
+import functools
 import math
 from typing import Any, Optional
 
@@ -30,6 +32,9 @@ from .cache import (
 )
 from .compiled_step import CompiledStep, KVBuffers
 from .side_by_side import SideBySide
+
+# Tokens whose layers keep a GPU busy for longer than Python takes to build the next.
+PREFILL = 256
 
 
 def may_quantize(path: str) -> bool:
@@ -144,11 +149,17 @@ class FullAttention(nn.Module):
 
     def _log_scale(self, T, offset):
         """s_t = log(t + a) / log(a), HypeNet's (2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
-        start = offset[:, None, None] if isinstance(offset, mx.array) else offset
-        t = start + mx.arange(T)
+        if isinstance(offset, int):
+            return log_scales(offset, T, self.log_scale_base)
         # Left padding has positions below zero, which nothing reads.
-        t = mx.maximum(t, 0).astype(mx.float32)
+        t = mx.maximum(offset[:, None, None] + mx.arange(T), 0).astype(mx.float32)
         return (mx.log(t + self.log_scale_base) / math.log(self.log_scale_base))[..., None]
+
+
+@functools.lru_cache(maxsize=1)
+def log_scales(start: int, count: int, base: float) -> mx.array:
+    """The same at these positions, float32 ``[count, 1]``: one array for all layers of a step."""
+    return mx.array([[math.log(t + base) / math.log(base)] for t in range(start, start + count)])
 
 
 class LinearAttention(nn.Module):
@@ -385,11 +396,21 @@ class HydraHeadModel(nn.Module):
         full_mask = create_attention_mask(h, first_full)
         linear_mask = padding_mask(first_linear, h.shape[1])
 
+        prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
         for layer, c in zip(self.layers, cache):
             h = layer(h, full_mask, linear_mask, c, offset)
+            if prefills:
+                begin(h)
         if compiles:
             self._compiled_step.remember(self.layers)
         return self.norm(depends_on_counters(h, cache))
+
+
+def begin(h: mx.array) -> None:
+    """Have the GPU work on a layer while Python builds the next ones."""
+    # Inside mx.compile or mx.grad there is nothing to run yet.
+    with contextlib.suppress(ValueError):
+        mx.async_eval(h)
 
 
 class Model(nn.Module):
