@@ -6,6 +6,7 @@ import pytest
 
 from mlx_hydra import kernels
 from mlx_hydra.ops import fuse_heads
+from mlx_hydra.ops.fuse_heads import HeadOutputs, fuse_kinds
 
 ROUNDING = {mx.float32: 0, mx.float16: 2**-11, mx.bfloat16: 2**-8}
 
@@ -40,6 +41,8 @@ def inputs(dtype, shape, activation, layout, seed=0):
         o = mx.array(o.transpose(0, 2, 1, 3), dtype).transpose(0, 2, 1, 3)
     else:
         o = mx.array(o, dtype)
+    if layout == "channels apart":
+        o = mx.contiguous(o.swapaxes(2, 3)).swapaxes(2, 3)
     gate = None
     if activation != "no gate":
         gate = mx.array(2 * rng.standard_normal((B, T, H * D)), dtype)
@@ -117,6 +120,63 @@ def test_result_and_gradients_are_those_of_float64(
     close(gradients[1], expected[2], mx.float32)
     if gate is not None:
         close(gradients[2], expected[3], dtype)
+
+
+# dtype, (B, T, H, D), heads of the second kind, and of each kind eps, activation and layout
+KINDS = [
+    (mx.float32, (2, 7, 2, 64), 3, (1e-6, "sigmoid", "heads first"), (1e-3, "silu", "rows")),
+    (mx.float32, (1, 5, 3, 33), 1, (None, "no gate", "rows"), (1e-6, "silu", "heads first")),
+    (mx.float16, (3, 1, 1, 128), 15, (1e-5, "silu", "heads first"), (None, "no gate", "rows")),
+    (mx.bfloat16, (1, 65, 2, 128), 14, (1e-6, "sigmoid", "rows"), (1e-6, "silu", "heads first")),
+    (
+        mx.float32,
+        (2, 3, 2, 256),
+        1,
+        (1e-3, "no gate", "channels apart"),
+        (None, "no gate", "heads first"),
+    ),
+]
+
+
+@pytest.mark.parametrize("backend", ["kernel", "ops"])
+@pytest.mark.parametrize("dtype, shape, heads, first, second", KINDS)
+def test_kinds_of_heads_are_fused_each_its_way(
+    dtype, shape, heads, first, second, backend, kernel_backend
+):
+    backend = kernel_backend if backend == "kernel" else backend
+    if backend == "ops" and dtype != mx.float32:
+        pytest.skip("rounds in between")
+    B, T, H, D = shape
+    sizes, kinds, gammas = (H, heads), [], []
+    for seed, (size, (eps, activation, layout)) in enumerate(zip(sizes, (first, second))):
+        o, gamma, gate = inputs(dtype, (B, T, size, D), activation, layout, seed)
+        activation = None if activation == "no gate" else activation
+        kinds.append(HeadOutputs(o, gate, eps, activation))
+        gammas.append(gamma)
+    dy = mx.array(np.random.default_rng(2).standard_normal((B, T, sum(sizes) * D)), dtype)
+
+    def fuse(gamma, *arrays):
+        arrays = iter(arrays)
+        given = [
+            kind._replace(o=next(arrays), gate=None if kind.gate is None else next(arrays))
+            for kind in kinds
+        ]
+        return fuse_kinds(given, gamma, backend=backend)
+
+    arrays = [x for kind in kinds for x in kind[:2] if x is not None]
+    (out,), (d_gamma, *gradients) = mx.vjp(fuse, [mx.concatenate(gammas), *arrays], [dy])
+    assert out.dtype == dtype
+    found, start = iter(gradients), 0
+    for kind, gamma in zip(kinds, gammas):
+        stop = start + len(gamma)
+        part = slice(start * D, stop * D)
+        expected = reference(kind.o, gamma, kind.gate, kind.eps, kind.activation, dy[..., part])
+        close(out[..., part], expected[0], dtype)
+        close(next(found), expected[1], dtype)
+        close(d_gamma[start:stop], expected[2], mx.float32)
+        if kind.gate is not None:
+            close(next(found), expected[3], dtype)
+        start = stop
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "silu"])

@@ -193,20 +193,25 @@ def test_half_precision_reaches_the_operations_and_the_decay_stays_float32(monke
         operation = getattr(hydrahead, name)
 
         def watched(*arguments, **options):
-            seen.append((name, *(x.dtype for x in arguments[:5] if isinstance(x, mx.array))))
+            arrays = arguments[:5]
+            if name == "fuse_kinds":
+                kinds, gamma = arguments
+                arrays = [gamma, *(x for kind in kinds for x in kind[:2])]
+            seen.append((name, *(x.dtype for x in arrays if isinstance(x, mx.array))))
             return operation(*arguments, **options)
 
         monkeypatch.setattr(hydrahead, name, watched)
 
     half = cast(tiny.model(), mx.bfloat16)
-    for name in ("head_attention", "gated_delta", "fuse_heads"):
+    for name in ("head_attention", "gated_delta", "fuse_kinds"):
         watch(name)
     half(tiny.tokens(5))
     half, whole = mx.bfloat16, mx.float32
     assert set(seen) == {
         ("head_attention", half, half, half),
         ("gated_delta", half, half, half, whole, whole),
-        ("fuse_heads", half, whole, half),
+        ("fuse_kinds", whole, half, half),
+        ("fuse_kinds", whole, half, half, half, half),
     }
 
 

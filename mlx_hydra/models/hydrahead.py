@@ -17,8 +17,9 @@ from mlx_lm.models.qwen3 import MLP
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import LayerHeads, ModelArgs
-from ..ops import fuse_heads, gated_delta, head_attention
+from ..ops import gated_delta, head_attention
 from ..ops.backend import kernels_run
+from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
 from ..ops.gated_delta_step import Rotation, Weights, gated_delta_step, step_backend
 from .cache import (
@@ -299,28 +300,22 @@ class Attention(nn.Module):
         """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first."""
         if (backend := self.step_backend(x, cache)) != "ops":
             return self._step(x, full_mask, linear_mask, cache, offset, backend)
-        outputs, of_full, of_linear = [], None, None
+        kinds, of_full, of_linear = [], None, None
         if "linear" in self and cache is not None and not self.training and kernels_run():
             of_full = self.full.projections if "full" in self else []
             projected = self._side_by_side.apart(x, of_full + self.linear.projections)
             of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
         if "full" in self:
             o, gate = self.full(x, full_mask, full_part(cache), offset, of_full)
-            full = slice(None, self.n_full)
-            outputs.append(self._fuse(o, gate, full, self.full_eps, "sigmoid"))
+            kinds.append(HeadOutputs(o, gate, self.full_eps, "sigmoid"))
         if "linear" in self:
             o, gate = self.linear(x, linear_mask, linear_part(cache), offset, of_linear)
-            linear = slice(self.n_full, None)
-            outputs.append(self._fuse(o, gate, linear, self.linear_eps, "silu"))
-        o = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
-        return o.astype(x.dtype)
-
-    def _fuse(self, o, gate, heads, eps, activation):
+            kinds.append(HeadOutputs(o, gate, self.linear_eps, "silu"))
         if "fusion" in self:
-            gamma = self.fusion.gamma[heads]
-            return fuse_heads(o, gamma, gate, eps=eps, activation=activation)
+            return fuse_kinds(kinds, self.fusion.gamma).astype(x.dtype)
+        o, gate, *_ = kinds[0]
         o = o.flatten(2)
-        return o if gate is None else o * mx.sigmoid(gate)
+        return (o if gate is None else o * mx.sigmoid(gate)).astype(x.dtype)
 
     def _step(self, x, full_mask, linear_mask, cache, offset, backend):
         """A few tokens: one product for all projections, and one kernel for what follows."""

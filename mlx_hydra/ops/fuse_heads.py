@@ -1,6 +1,7 @@
 """Fusion of head outputs: a norm, a gate and one learned weight a head (HydraHead, Eq 13-14)."""
 
-from typing import Optional
+from collections.abc import Sequence
+from typing import NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,13 +19,24 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 MOST_HEAD_DIM = 512
 HEADS_PER_GROUP = 8
 
-FORWARD = kernels.Kernel("fuse_heads", ("o", "gamma", "gate", "eps"), ("out",), ("heads.h",))
+FORWARD = kernels.Kernel(
+    "fuse_heads", ("o", "gate", "o_2", "gate_2", "gamma", "eps"), ("out",), ("heads.h",)
+)
 VJP = kernels.Kernel(
     "fuse_heads_vjp",
     ("o", "gamma", "gate", "eps", "dy"),
     ("d_o", "d_gate", "d_gamma"),
     ("heads.h",),
 )
+
+
+class HeadOutputs(NamedTuple):
+    """What heads of one kind give, and how it is fused: arguments of :func:`fuse_heads`."""
+
+    o: mx.array
+    gate: Optional[mx.array]
+    eps: Optional[float]
+    activation: Optional[str]
 
 
 def fuse_heads(
@@ -55,82 +67,157 @@ def fuse_heads(
         ValueError: shapes that do not fit together, an unknown activation, or a backend that is
             not there.
     """
-    B, T, H, D = o.shape
-    if gamma.shape != (H,):
-        raise ValueError(f"fuse_heads: gamma has shape {gamma.shape}, expected {(H,)}.")
-    if gate is not None and gate.shape != (B, T, H * D):
-        raise ValueError(f"fuse_heads: gate has shape {gate.shape}, expected {(B, T, H * D)}.")
-    if activation not in GATE_KINDS:
-        raise ValueError(
-            f"fuse_heads: activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}."
-        )
-    backend = resolve_backend(backend, _supported(o, gamma, gate))
+    return fuse_kinds([HeadOutputs(o, gate, eps, activation)], gamma, backend=backend)
+
+
+def fuse_kinds(kinds: Sequence[HeadOutputs], gamma: mx.array, *, backend: str = "auto") -> mx.array:
+    """Fuse the heads of one kind or two, which differ in norm and gate; see :func:`fuse_heads`.
+
+    Args:
+        kinds: one or two, of one dtype and head size; their gates of one dtype.
+        gamma: float32, of all heads in their order.
+        backend: as in :func:`fuse_heads`; the kernel writes both kinds where o_proj reads.
+
+    Returns:
+        ``[B, T, (H_1 + H_2) * D]``.
+    """
+    sizes = [kind.o.shape[2] for kind in kinds]
+    if gamma.shape != (sum(sizes),):
+        raise ValueError(f"fuse_heads: gamma has shape {gamma.shape}, expected {(sum(sizes),)}.")
+    for o, gate, _, activation in kinds:
+        B, T, H, D = o.shape
+        if gate is not None and gate.shape != (B, T, H * D):
+            raise ValueError(f"fuse_heads: gate has shape {gate.shape}, expected {(B, T, H * D)}.")
+        if activation not in GATE_KINDS:
+            raise ValueError(
+                f"fuse_heads: activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}."
+            )
+    backend = resolve_backend(backend, _supported(kinds, gamma))
     if backend != "ops":
-        return _by_kernel(o, gamma, gate, eps, activation, backend)
+        return _by_kernel(kinds, gamma, backend)
+    parts = zip(kinds, mx.split(gamma, [sizes[0]])) if len(kinds) == 2 else [(kinds[0], gamma)]
+    fused = [_by_ops(kind, weights) for kind, weights in parts]
+    return fused[0] if len(fused) == 1 else mx.concatenate(fused, axis=-1)
+
+
+def _by_ops(kind, gamma):
+    o, gate, eps, activation = kind
     dtype = o.dtype
     if eps is not None:
         o = mx.fast.rms_norm(o, None, eps)
-    o = (gamma[:, None] * o).reshape(B, T, H * D)
+    o = (gamma[:, None] * o).flatten(2)
     if gate is not None:
         o = o * (gate if activation is None else ACTIVATIONS[activation](gate))
     return o.astype(dtype)
 
 
-def _supported(o, gamma, gate):
+def _supported(kinds, gamma):
     gpu = kernels.gpu_backend()
+    gates = [kind.gate.dtype for kind in kinds if kind.gate is not None]
     fits = (
         gpu is not None
-        and o.size > 0
-        and o.shape[-1] <= MOST_HEAD_DIM
-        and o.dtype in DTYPES
+        # Metal passes smaller arrays in another address space.
+        and all(kind.o.size >= 8 for kind in kinds)
+        and len({(kind.o.dtype, kind.o.shape[-1]) for kind in kinds}) == 1
+        and kinds[0].o.shape[-1] <= MOST_HEAD_DIM
+        and kinds[0].o.dtype in DTYPES
         and gamma.dtype == mx.float32
-        and (gate is None or gate.dtype in DTYPES)
+        and len(set(gates)) < 2
+        and all(dtype in DTYPES for dtype in gates)
     )
     return (gpu, "ops") if fits else ("ops",)
 
 
-def _by_kernel(o, gamma, gate, eps, activation, backend):
-    B, T, H, D = o.shape
-    kind = NO_GATE if gate is None else GATE_KINDS[activation]
-    # A kernel has all its inputs always; what stands for the gate is not read.
-    gate = gamma if gate is None else gate
-    epsilon = kernels.constant((eps or 0.0,), mx.float32)
-    launch = {
-        "template": [
-            ("X", o.dtype),
-            ("G", gate.dtype),
-            ("H", H),
-            ("D", D),
-            ("NORM", eps is not None),
-            ("KIND", kind),
-        ],
+def _gate_kind(kind):
+    return NO_GATE if kind.gate is None else GATE_KINDS[kind.activation]
+
+
+def _launch(B, T, H, template):
+    return {
+        "template": template,
         "groups": (-(-B * T * H // HEADS_PER_GROUP), 1, 1),
         "threads": (32 * HEADS_PER_GROUP, 1, 1),
     }
 
+
+def _by_kernel(kinds, gamma, backend):
     @mx.custom_function
-    def fuse(o, gamma, gate):
-        (out,) = FORWARD(
-            backend,
-            [o, gamma, gate, epsilon],
-            output_shapes=[(B, T, H * D)],
-            output_dtypes=[o.dtype],
-            **launch,
-        )
-        return out
+    def fuse(gamma, *arrays):
+        return _forward(_with_arrays(kinds, arrays), gamma, backend)
 
     @fuse.vjp
     def fuse_vjp(primals, cotangent, _):
-        o, gamma, gate = primals
-        d_o, d_gate, d_gamma = VJP(
-            backend,
-            [o, gamma, gate, epsilon, cotangent],
-            output_shapes=[o.shape, (1,) if kind == NO_GATE else gate.shape, (B, T, H)],
-            output_dtypes=[o.dtype, gate.dtype, mx.float32],
-            **launch,
-        )
-        if kind == NO_GATE:
-            d_gate = mx.zeros_like(gate)
-        return d_o, d_gamma.sum((0, 1)), d_gate
+        gamma, *arrays = primals
+        d_gamma, gradients, start = [], [], 0
+        for kind in _with_arrays(kinds, arrays):
+            H, D = kind.o.shape[2:]
+            stop = start + H
+            given = cotangent[..., start * D : stop * D]
+            d_o, d_gate, part = _backward(kind, gamma[start:stop], given, backend)
+            gradients += [d_o] if kind.gate is None else [d_o, d_gate]
+            d_gamma.append(part)
+            start = stop
+        return mx.concatenate(d_gamma), *gradients
 
-    return fuse(o, mx.contiguous(gamma), gate)
+    return fuse(mx.contiguous(gamma), *(x for kind in kinds for x in kind[:2] if x is not None))
+
+
+def _with_arrays(kinds, arrays):
+    """The same kinds of heads with other arrays, in order and without gates that are None."""
+    arrays = iter(arrays)
+    return [
+        kind._replace(o=next(arrays), gate=None if kind.gate is None else next(arrays))
+        for kind in kinds
+    ]
+
+
+def _forward(kinds, gamma, backend):
+    first, second = kinds[0], kinds[1] if len(kinds) == 2 else None
+    B, T, H, D = first.o.shape
+    more = 0 if second is None else second.o.shape[2]
+    # A kernel has all its inputs always; what stands for others is not read.
+    other = HeadOutputs(first.o, None, None, None) if second is None else second
+    gates = [kind.gate for kind in kinds if kind.gate is not None] or [first.o]
+    (out,) = FORWARD(
+        backend,
+        [
+            *(first.o, gates[0], other.o, gates[-1], gamma),
+            kernels.constant((first.eps or 0.0, other.eps or 0.0), mx.float32),
+        ],
+        output_shapes=[(B, T, (H + more) * D)],
+        output_dtypes=[first.o.dtype],
+        **_launch(
+            *(B, T, H + more),
+            [
+                # Metal tells kernels apart by these alone: the types are among them.
+                *(("X", first.o.dtype), ("G", gates[0].dtype), ("H", H), ("H_2", more), ("D", D)),
+                *(("NORM", first.eps is not None), ("NORM_2", other.eps is not None)),
+                *(("KIND", _gate_kind(first)), ("KIND_2", _gate_kind(other))),
+            ],
+        ),
+    )
+    return out
+
+
+def _backward(kind, gamma, cotangent, backend):
+    o, gate, eps, _ = kind
+    B, T, H, D = o.shape
+    of_gate = gamma if gate is None else gate
+    d_o, d_gate, d_gamma = VJP(
+        backend,
+        [
+            *(o, gamma, of_gate),
+            kernels.constant((eps or 0.0,), mx.float32),
+            cotangent,
+        ],
+        output_shapes=[o.shape, (1,) if gate is None else gate.shape, (B, T, H)],
+        output_dtypes=[o.dtype, of_gate.dtype, mx.float32],
+        **_launch(
+            *(B, T, H),
+            [
+                *(("X", o.dtype), ("G", of_gate.dtype), ("H", H), ("D", D)),
+                *(("NORM", eps is not None), ("KIND", _gate_kind(kind))),
+            ],
+        ),
+    )
+    return d_o, d_gate, d_gamma.sum((0, 1))
