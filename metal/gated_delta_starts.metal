@@ -19,6 +19,9 @@ const int batch = threadgroup_position_in_grid.z;
 const size_t sequence = size_t(batch) * threadgroups_per_grid.y + head;
 const int segments = ends_shape[2] + 1;
 
+// A's columns are read at once where registers hold them, or one tile waits for the next.
+constexpr short AT_ONCE = Dk <= 128 ? Dk : 16;
+
 tile<float> S;
 load(S, state + (sequence * Dv + row) * Dk + column, Dk, lane);
 for (int segment = 0; segment < segments; segment++) {
@@ -27,6 +30,16 @@ for (int segment = 0; segment < segments; segment++) {
     const device float* B =
         ends + (sequence * (segments - 1) + segment) * (Dv + Dk) * Dk + column;
     const device float* A = B + Dv * Dk;
+    float sum[8];
+    right_tile<float> right[AT_ONCE / 16];
+#pragma unroll
+    for (short i = 0; i < 8; i++) {
+      sum[i] = B[(row + tile_row(lane, i)) * Dk + tile_col(lane, i)];
+    }
+#pragma unroll
+    for (short d = 0; d < AT_ONCE; d += 16) {
+      load(right[d / 16], A + d * Dk, Dk, lane);
+    }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     store(S, rows + column, ROW, lane);
     threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -34,13 +47,14 @@ for (int segment = 0; segment < segments; segment++) {
 #pragma unroll
     for (short d = 0; d < Dk; d += 16) {
       tile<float> left;
-      right_tile<float> right;
       load(left, rows + d, ROW, lane);
-      load(right, A + d * Dk, Dk, lane);
-      multiply_add(S, left, right);
+      if (d >= AT_ONCE) {
+        load(right[0], A + d * Dk, Dk, lane);
+      }
+      multiply_add(S, left, right[d < AT_ONCE ? d / 16 : 0]);
     }
     for (short i = 0; i < 8; i++) {
-      S.e[i] = S.e[i] / UNIT + B[(row + tile_row(lane, i)) * Dk + tile_col(lane, i)];
+      S.e[i] = S.e[i] / UNIT + sum[i];
     }
   }
 }
