@@ -8,11 +8,13 @@ import tiny
 from mlx.utils import tree_flatten, tree_map_with_path
 from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
+from mlx_lm.tuner.trainer import grad_checkpoint
+from mlx_lm.tuner.utils import linear_to_lora_layers
 from mlx_lm.utils import quantize_model
 
 from mlx_hydra.models import hydrahead
 from mlx_hydra.models.cache import linear_part, padding_mask
-from mlx_hydra.models.hydrahead import Model, ModelArgs
+from mlx_hydra.models.hydrahead import Model, ModelArgs, TransformerBlock
 
 FULL = {"rope": False, "log_scale_base": 16, "gate": True}
 LINEAR = {"kind": "gated_delta", "conv_kernel_size": 4, "rope": True, "gate": True}
@@ -274,6 +276,23 @@ def test_a_training_step_can_be_compiled():
     value, gradients = step()
     assert value.shape == ()
     assert {name: x.shape for name, x in tree_flatten(gradients)} == shapes
+
+
+def test_a_lora_step_with_checkpoints_can_be_compiled(monkeypatch):
+    monkeypatch.setattr(TransformerBlock, "__call__", TransformerBlock.__call__)
+    built, inputs = tiny.model(), tiny.tokens(20)
+    built.freeze()
+    linear_to_lora_layers(built, 3, {"rank": 2, "scale": 2.0, "dropout": 0.0})
+    grad_checkpoint(built.layers[0])
+
+    def loss(built, inputs):
+        return nn.losses.cross_entropy(built(inputs[:, :-1]), inputs[:, 1:], reduction="mean")
+
+    step = mx.compile(lambda x: nn.value_and_grad(built, loss)(built, x), inputs=built.state)
+    # Traced and never evaluated, as above.
+    value, gradients = step(inputs)
+    assert value.shape == ()
+    assert len(tree_flatten(gradients)) == len(tree_flatten(built.trainable_parameters()))
 
 
 def test_a_gradient_is_the_slope_of_the_loss():

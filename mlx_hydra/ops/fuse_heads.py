@@ -95,9 +95,11 @@ def fuse_kinds(kinds: Sequence[HeadOutputs], gamma: mx.array, *, backend: str = 
     backend = resolve_backend(backend, _supported(kinds, gamma))
     if backend != "ops":
         return _by_kernel(kinds, gamma, backend)
-    parts = zip(kinds, mx.split(gamma, [sizes[0]])) if len(kinds) == 2 else [(kinds[0], gamma)]
-    fused = [_by_ops(kind, weights) for kind, weights in parts]
-    return fused[0] if len(fused) == 1 else mx.concatenate(fused, axis=-1)
+    if len(kinds) == 1:
+        return _by_ops(kinds[0], gamma)
+    # Slices: mx.compile fails on mx.split of a weight inside mx.checkpoint.
+    weights = gamma[: sizes[0]], gamma[sizes[0] :]
+    return mx.concatenate([_by_ops(*pair) for pair in zip(kinds, weights)], axis=-1)
 
 
 def _by_ops(kind, gamma):
