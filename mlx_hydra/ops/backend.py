@@ -8,7 +8,7 @@ BACKENDS = ("auto", "ops", "metal", "cuda")
 ENVIRONMENT_VARIABLE = "MLX_HYDRA_BACKEND"
 
 # The backends whose kernels have passed their tests on a real GPU: "auto" takes no others.
-PROVEN: tuple[str, ...] = ()
+PROVEN: tuple[str, ...] = ("cuda",)
 
 
 def resolve_backend(backend: str = "auto", supported: tuple[str, ...] = ("ops",)) -> str:
