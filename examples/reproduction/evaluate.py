@@ -24,7 +24,7 @@ from mlx_hydra.loading import load
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384)
 # Tokens of the reports that are read at once, and of each that a step reads.
-TOKENS_AT_ONCE, STEP = 1 << 16, 512
+TOKENS_AT_ONCE, STEP = 1 << 17, 512
 
 
 def output_layer(model: nn.Module):
