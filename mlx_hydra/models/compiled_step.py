@@ -3,38 +3,48 @@
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, KVCache
 
-from .. import kernels
 from ..ops.head_attention import takes_arrays
 from .cache import CacheList, full_part, linear_part
 
 
 class Position:
-    """Where a compiled step's token stands, and what its layers make of that alike."""
+    """Where a compiled step's token stands, and what its layers make of that alike.
 
-    def __init__(self, offset: mx.array):
-        self.offset = offset
-        self._made: dict[tuple, mx.array] = {}
+    Args:
+        numbers: int32 ``[1 + sum(heads)]``, of :func:`numbers_of`.
+        heads: of the arrays that keep keys, each number once.
+    """
 
-    def rows(self, heads: int, room: int) -> mx.array:
-        """The token's row for each of ``heads``, in an array of ``room`` rows a head."""
-        return self._once((heads, room), lambda: room * mx.arange(heads) + self.offset)
+    def __init__(self, numbers: mx.array, heads: Sequence[int]):
+        self.offset, *rows = mx.split(numbers, list(accumulate(heads, initial=1))[:-1])
+        self._rows = dict(zip(heads, rows))
+        self._scales: dict[tuple, mx.array] = {}
+
+    def rows(self, heads: int) -> mx.array:
+        """The token's row for each of ``heads``, in their array of rows."""
+        return self._rows[heads]
 
     def log_scale(self, base: float, scale: float) -> mx.array:
         """``scale * log(offset + base) / log(base)``."""
-        factor = scale / math.log(base)
-        return self._once((base, factor), lambda: mx.log(self.offset + base) * factor)
+        if (base, scale) not in self._scales:
+            factor = scale / math.log(base)
+            self._scales[base, scale] = mx.log(self.offset + base) * factor
+        return self._scales[base, scale]
 
-    def _once(self, key, make):
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
+
+def numbers_of(offset: int, room: int, heads: Sequence[int]) -> mx.array:
+    """The offset, and where it is in arrays of ``heads`` times ``room`` rows.
+
+    In an array, as MLX would build a kernel for every room that stood in a compiled function.
+    """
+    return mx.array([offset, *(offset + room * head for n in heads for head in range(n))])
 
 
 class KVBuffers:
@@ -56,9 +66,9 @@ def written(buffer: mx.array, row: mx.array, position: Position) -> mx.array:
     A scatter of rows: MLX's slice_update starts a kernel more, and on CUDA fetches where to write
     from the host's memory (31 us a call on an H100, scatter 3).
     """
-    B, H, S, D = buffer.shape
+    B, H, _, D = buffer.shape
     rows = buffer.reshape(-1, D)
-    rows[position.rows(B * H, S)] = row.reshape(-1, D)
+    rows[position.rows(B * H)] = row.reshape(-1, D)
     return rows.reshape(buffer.shape)
 
 
@@ -122,7 +132,7 @@ class CompiledStep:
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
-        arrays = []
+        arrays, heads = [], {}
         for c in cache:
             full, linear = full_part(c), linear_part(c)
             arrays.append(
@@ -133,11 +143,13 @@ class CompiledStep:
             )
             if full is not None:
                 offset, room = full.offset, full.keys.shape[2]
+                heads[full.keys.shape[0] * full.keys.shape[1]] = None
+        heads = tuple(heads)
         # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
-        traced = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
+        traced = h.shape, h.dtype, room, heads, mx.default_stream(mx.default_device())
         if traced != self._traced:
-            self._traced, self._run = traced, mx.compile(traceable(layers))
-        h, arrays = self._run(h, kernels.constant((offset,), mx.int32), arrays)
+            self._traced, self._run = traced, mx.compile(traceable(layers, heads))
+        h, arrays = self._run(h, numbers_of(offset, room, heads), arrays)
         for c, (of_full, of_linear) in zip(cache, arrays):
             full, linear = full_part(c), linear_part(c)
             if full is not None:
@@ -157,11 +169,11 @@ def parts_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, modules))
 
 
-def traceable(layers: Sequence[nn.Module]):
-    """The layers as a function of arrays: hidden state, position, and arrays of each cache."""
+def traceable(layers: Sequence[nn.Module], heads: Sequence[int]):
+    """The layers as a function of arrays: hidden state, numbers, and arrays of each cache."""
 
-    def step(h, offset, arrays):
-        left, position = [], Position(offset)
+    def step(h, numbers, arrays):
+        left, position = [], Position(numbers, heads)
         for layer, (of_full, of_linear) in zip(layers, arrays):
             full = KVBuffers(*of_full, position) if of_full else None
             linear = None
@@ -169,7 +181,9 @@ def traceable(layers: Sequence[nn.Module]):
                 linear = ArraysCache(size=len(of_linear))
                 linear.cache = list(of_linear)
             parts = [part for part in (full, linear) if part is not None]
-            h = layer(h, None, None, CacheList(*parts) if len(parts) == 2 else parts[0], offset)
+            h = layer(
+                h, None, None, CacheList(*parts) if len(parts) == 2 else parts[0], position.offset
+            )
             left.append(
                 (
                     () if full is None else (full.keys, full.values),
