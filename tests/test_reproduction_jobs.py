@@ -196,6 +196,16 @@ def test_a_process_runs_one_job_after_the_other_and_survives_those_that_fail(run
     assert len(processes_of(runner.log("fails"))) == 2
 
 
+def test_what_another_machine_has_done_is_not_done_again(runner, tmp_path):
+    plan = make_plan(tmp_path)
+    plan.work.mkdir()
+    run.results_file(plan).write_text(json.dumps({"runs": {"draws-1": {"ratio": 0.25}}}))
+    found = runner({"draws-1": (), "draws-2": ("draws-1",)}, 1)
+    found.run()
+    assert found.done == {"draws-1", "draws-2"}
+    assert not plan.folder("draws-1").exists() and plan.folder("draws-2").exists()
+
+
 def test_a_process_that_dies_takes_one_job_with_it(runner, capfd):
     found = runner({"dies": (), "draws": ()}, 1)
     found.run()
@@ -267,6 +277,8 @@ def test_from_the_teacher_to_the_table(tiny_teacher, tmp_path, capsys):
     (plan.folder("causal-0.25-whole-0") / "student").mkdir()
     assert chain.run(again["commands"]) == {}
 
+    results["runs"]["of-another-machine"] = found | {"accuracy": [{"right": 1, "questions": 1}]}
+    run.results_file(plan).write_text(json.dumps(results))
     run.keep_best(plan, tmp_path / "best")
     kept = mx.load(str(tmp_path / "best" / "model.safetensors"))
     assert kept["model.embed_tokens.weight"].dtype == mx.bfloat16

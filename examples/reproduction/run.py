@@ -2,8 +2,9 @@
 
     python examples/reproduction/run.py --teacher TEACHER --work WORK --processes 6 --minutes 8
 
-The same command goes on where it was stopped. WORK/results.json grows with every job, and is what
-table.py reads; WORK/jobs/NAME holds a job's models, losses and log.txt.
+The same command goes on where it was stopped; on another machine, with that results.json in WORK.
+WORK/results.json grows with every job, and is what table.py reads; WORK/jobs/NAME holds a job's
+models, losses and log.txt.
 """
 
 import argparse
@@ -75,7 +76,8 @@ class Runner:
     def __init__(self, plan: Plan, jobs: list[Job], processes: int, seconds: float):
         self.plan, self.processes = plan, processes
         self.deadline = time.monotonic() + seconds
-        self.done = {job.name for job in jobs if plan.done_file(job).exists()}
+        known = read_results(plan)["runs"]
+        self.done = {job.name for job in jobs if job.name in known or plan.done_file(job).exists()}
         self.waiting = [job for job in jobs if job.name not in self.done]
         self.workers: list[Worker] = []
         self.failed: list[str] = []
@@ -230,7 +232,10 @@ def keep_best(plan: Plan, out: Path) -> None:
     runs = {
         name: run
         for name, run in read_results(plan)["runs"].items()
-        if run["ratio"] == ratio and run["ablation"] is None
+        if run["ratio"] == ratio
+        and run["ablation"] is None
+        # Those of another machine have left their models there.
+        and (plan.folder(name) / "run" / "model").exists()
     }
     if not runs:
         return
