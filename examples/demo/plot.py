@@ -3,8 +3,8 @@
 pip install matplotlib; python examples/demo/plot.py examples/demo/results/curve.csv OUT.png
 """
 
+import argparse
 import csv
-import sys
 
 import matplotlib
 
@@ -33,4 +33,8 @@ def main(source: str, target: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("curve", help="curve.csv of train.py")
+    parser.add_argument("picture", help="PNG to write")
+    args = parser.parse_args()
+    main(args.curve, args.picture)

@@ -6,10 +6,10 @@ The pieces are byte-pair merges over a few megabytes of generated reports, digit
 bytes to fall back on, so that any text can be encoded.
 """
 
+import argparse
 import io
 import json
 import random
-import sys
 from pathlib import Path
 
 import sentencepiece
@@ -113,4 +113,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("out", type=Path, help="folder to write the tokenizer into")
+    main(parser.parse_args().out)

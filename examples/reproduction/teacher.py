@@ -1,6 +1,6 @@
 """Train the teacher, a small Qwen3 of full attention, until it answers questions on reports.
 
-    python examples/reproduction/teacher.py --out TEACHER --minutes 6 --total-minutes 3.5
+    python examples/reproduction/teacher.py --out TEACHER --minutes 12 --total-minutes 9
 
 A curriculum of lengths: one ends when 95% of the answers' tokens come out right, or when its share
 of the training time is over, to which steps that compile do not count. The state is saved every

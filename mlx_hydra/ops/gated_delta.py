@@ -63,9 +63,10 @@ def gated_delta(
         mask: bool ``[B, T]``. A token whose entry is False leaves the state as it was and yields
             zeros, whatever its q, k and v hold.
         backend: ``"ops"`` is the chunked form, one step at a time for T = 1. ``"metal"`` and
-            ``"cuda"`` are two kernels, for q, k and v of one dtype (float32, float16 or bfloat16)
-            and Dk and Dv multiples of 16 up to 256; they take g and beta as float32, and keep the
-            state's digits whatever the dtype. ``"auto"`` runs them where they can run.
+            ``"cuda"`` are two kernels (three where the sequence is cut into segments), for q, k and
+            v of one dtype (float32, float16 or bfloat16) and Dk and Dv multiples of 16 up to 256;
+            they take g and beta as float32, and keep the state's digits whatever the dtype.
+            ``"auto"`` runs them where they can run and are proven (ops/backend.py).
 
     Returns:
         ``y [B, T, H, Dv]`` in v's dtype and the new state, float32 ``[B, H, Dv, Dk]``. Splitting

@@ -98,9 +98,9 @@ def head_attention(
             ``mx.fast.scaled_dot_product_attention``, a call for all heads where the groups are of
             one size and in order, else a call a KV head; in blocks of queries where the fused
             kernel of MLX does not apply and its scores would not fit. ``"auto"`` takes our
-            kernels on a GPU, but ``"ops"`` where MLX's fused kernel is as fast: thousands of
-            queries over all heads, groups of one size in order, plain 16-bit keys, head sizes of
-            64, 80 and 128.
+            kernels where they are proven (ops/backend.py), but ``"ops"`` where MLX's fused kernel
+            has enough to do: thousands of queries over all heads, groups of one size in order,
+            plain 16-bit keys, head sizes of 64, 80 and 128.
 
     Returns:
         ``[B, Hf, T, D]`` in q's dtype.
