@@ -22,7 +22,13 @@ def gpu_backend() -> Optional[str]:
         return None
     if mx.metal.is_available():
         return "metal"
-    return "cuda" if mx.cuda.is_available() else None
+    return "cuda" if mx.cuda.is_available() and _has_tensor_cores() else None
+
+
+@functools.cache
+def _has_tensor_cores() -> bool:
+    """Of the kind that compat/cuda.h speaks to, with TF32 and bfloat16: from Ampere (8.0) on."""
+    return int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
 @dataclass(frozen=True)

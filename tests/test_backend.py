@@ -1,5 +1,6 @@
 """Who decides which implementation runs."""
 
+import mlx.core as mx
 import pytest
 
 from mlx_hydra import kernels
@@ -57,3 +58,19 @@ def test_a_backend_that_is_not_there_is_refused_by_name(machine, asked, environm
     with pytest.raises(ValueError) as error:
         resolve_backend(asked, ("ops",))
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "capability, backend", [(7, None), (8, "cuda"), (9, "cuda"), (None, "cuda")]
+)
+def test_kernels_are_for_gpus_with_the_products_that_they_ask_for(monkeypatch, capability, backend):
+    info = {} if capability is None else {"compute_capability_major": capability}
+    monkeypatch.setattr(mx, "default_device", lambda: mx.gpu)
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    kernels._has_tensor_cores.cache_clear()
+    try:
+        assert kernels.gpu_backend() == backend
+    finally:
+        kernels._has_tensor_cores.cache_clear()

@@ -205,6 +205,14 @@ def test_what_no_kernel_takes_runs_on_ops(kernel_backend):
         fuse_heads(o[..., :173], gamma.astype(mx.float16), eps=1e-6, backend=kernel_backend)
 
 
+def test_kinds_that_do_not_fit_are_named():
+    kind = HeadOutputs(mx.zeros((1, 4, 1, 8)), None, 1e-6, None)
+    other = kind._replace(o=mx.zeros((1, 2, 1, 8)))
+    for kinds in ([], [kind, other], [kind] * 3):
+        with pytest.raises(ValueError, match="heads of one kind or two on the same tokens"):
+            fuse_kinds(kinds, mx.ones(len(kinds)))
+
+
 def test_an_unknown_activation_is_named():
     o, gamma, gate = inputs(mx.float32, (1, 2, 3, 8), None, "rows")
     with pytest.raises(ValueError, match="activation='gelu', expected one of sigmoid, silu"):

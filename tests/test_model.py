@@ -1,4 +1,5 @@
 import sys
+import threading
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,7 +15,7 @@ from mlx_lm.utils import quantize_model
 
 from mlx_hydra.models import hydrahead
 from mlx_hydra.models.cache import linear_part, padding_mask
-from mlx_hydra.models.hydrahead import Model, ModelArgs, TransformerBlock
+from mlx_hydra.models.hydrahead import Model, ModelArgs, TransformerBlock, rotation_of
 
 FULL = {"rope": False, "log_scale_base": 16, "gate": True}
 LINEAR = {"kind": "gated_delta", "conv_kernel_size": 4, "rope": True, "gate": True}
@@ -364,6 +365,14 @@ def test_tied_embeddings_drop_the_head_that_some_checkpoints_carry():
     )
     assert tied.keys() == {"model.norm.weight"}
     assert untied.keys() == weights.keys()
+
+
+def test_a_model_may_run_in_another_thread_than_it_was_made_in():
+    rotation, found = rotation_of(nn.RoPE(32, base=1e4), 32), []
+    thread = threading.Thread(target=lambda: found.append((2 * rotation.frequencies).tolist()))
+    thread.start()
+    thread.join()
+    assert np.allclose(found[0], 2 * 1e4 ** -(np.arange(0, 32, 2) / 32), rtol=1e-6)
 
 
 def test_mlx_lm_finds_the_model_type():

@@ -82,7 +82,7 @@ class CompiledStep:
     def __init__(self):
         self._modules: list[nn.Module] = []
         self._parts: list[Any] = []
-        self._traced, self._run = None, None
+        self._traced: tuple = (None, None)
 
     def __reduce__(self):
         return CompiledStep, ()
@@ -128,7 +128,7 @@ class CompiledStep:
         for module in self._modules:
             self._modules += [part for part in module.values() if isinstance(part, nn.Module)]
         self._parts = list(parts_of(self._modules))
-        self._traced = None
+        self._traced = (None, None)
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
@@ -146,10 +146,12 @@ class CompiledStep:
                 heads[full.keys.shape[0] * full.keys.shape[1]] = None
         heads = tuple(heads)
         # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
-        traced = h.shape, h.dtype, room, heads, mx.default_stream(mx.default_device())
-        if traced != self._traced:
-            self._traced, self._run = traced, mx.compile(traceable(layers, heads))
-        h, arrays = self._run(h, numbers_of(offset, room, heads), arrays)
+        key = h.shape, h.dtype, room, heads, mx.default_stream(mx.default_device())
+        traced = self._traced
+        if traced[0] != key:
+            # Put down in one piece: another thread may be here, too.
+            self._traced = traced = key, mx.compile(traceable(layers, heads))
+        h, arrays = traced[1](h, numbers_of(offset, room, heads), arrays)
         for c, (of_full, of_linear) in zip(cache, arrays):
             full, linear = full_part(c), linear_part(c)
             if full is not None:

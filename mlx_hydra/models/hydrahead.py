@@ -4,13 +4,13 @@ An attention layer holds two kinds of heads: a few keep causal softmax attention
 Gated DeltaNet heads (arXiv 2412.06464). docs/architecture.md tells which choices are the paper's.
 """
 
-import contextlib
 import functools
 import math
 from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
@@ -64,12 +64,17 @@ def rope_for(args: ModelArgs) -> nn.Module:
 def rotation_of(rope: nn.Module, dim: int) -> Optional[Rotation]:
     """What a RoPE module does, for the kernels; None if that depends on the length."""
     if isinstance(rope, nn.RoPE):
-        periods = rope.base ** (mx.arange(0, dim, 2, dtype=mx.float32) / dim)
-        return Rotation(rope.scale / periods)
-    if (periods := getattr(rope, "_freqs", None)) is None:
+        factor = 1.0
+        frequencies = rope.scale * rope.base ** -(mx.arange(0, dim, 2, dtype=mx.float32) / dim)
+    elif (periods := getattr(rope, "_freqs", None)) is not None:
+        # YaRN's factor, or LongRoPE's.
+        factor = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
+        frequencies = 1 / periods
+    else:
         return None
-    # YaRN's factor, or LongRoPE's.
-    return Rotation(1 / periods, getattr(rope, "mscale", getattr(rope, "_scale", 1.0)))
+    # It is no parameter, which loading would evaluate, and no other thread could do so later.
+    mx.eval(frequencies)
+    return Rotation(frequencies, factor)
 
 
 class FullAttention(nn.Module):
@@ -160,7 +165,8 @@ class FullAttention(nn.Module):
 @functools.lru_cache(maxsize=1)
 def log_scales(start: int, count: int, base: float) -> mx.array:
     """The same at these positions, float32 ``[count, 1]``: one array for all layers of a step."""
-    return mx.array([[math.log(t + base) / math.log(base)] for t in range(start, start + count)])
+    scales = np.log(np.arange(start, start + count) + base) / math.log(base)
+    return mx.array(scales[:, None].astype(np.float32))
 
 
 class LinearAttention(nn.Module):
@@ -275,7 +281,6 @@ class Attention(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
         heads = args.layer_heads(layer)
-        self.n_full = len(heads.full)
         self.full_eps = args.fusion.eps if args.fusion.norm is True else None
         self.linear_eps = args.fusion.eps if args.fusion.norm else None
         if heads.full:
@@ -394,7 +399,8 @@ class HydraHeadModel(nn.Module):
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
         for layer, c in zip(self.layers, cache):
             h = layer(h, full_mask, linear_mask, c, offset)
-            if prefills:
+            # Not the last: of most steps of a prefill its output is not asked for.
+            if prefills and layer is not self.layers[-1]:
                 begin(h)
         if compiles:
             self._compiled_step.remember(self.layers)
@@ -403,9 +409,12 @@ class HydraHeadModel(nn.Module):
 
 def begin(h: mx.array) -> None:
     """Have the GPU work on a layer while Python builds the next ones."""
-    # Inside mx.compile or mx.grad there is nothing to run yet.
-    with contextlib.suppress(ValueError):
+    try:
         mx.async_eval(h)
+    except ValueError as error:
+        # Inside mx.compile or mx.grad there is nothing to run yet.
+        if "graph transformation" not in str(error):
+            raise
 
 
 class Model(nn.Module):

@@ -58,7 +58,8 @@ def fuse_heads(
         activation: what the gate still has to go through, ``"sigmoid"`` or ``"silu"``; None where
             it has been through it.
         backend: ``"auto"``, ``"ops"``, or ``"metal"`` or ``"cuda"``: one kernel forward and one
-            back, for o and gate in float32, float16 or bfloat16, a float32 gamma and D up to 512.
+            back, for o and gate in float32, float16 or bfloat16, a float32 gamma, D up to 512 and
+            8 elements of o or more.
 
     Returns:
         ``gamma_h * gate_h * RMSNorm(o_h)`` as ``[B, T, H * D]`` in o's dtype.
@@ -82,6 +83,11 @@ def fuse_kinds(kinds: Sequence[HeadOutputs], gamma: mx.array, *, backend: str = 
         ``[B, T, (H_1 + H_2) * D]``.
     """
     sizes = [kind.o.shape[2] for kind in kinds]
+    if len(kinds) not in (1, 2) or len({kind.o.shape[:2] for kind in kinds}) != 1:
+        shapes = ", ".join(str(kind.o.shape) for kind in kinds)
+        raise ValueError(
+            f"fuse_heads: heads of one kind or two on the same tokens, not [{shapes}]."
+        )
     if gamma.shape != (sum(sizes),):
         raise ValueError(f"fuse_heads: gamma has shape {gamma.shape}, expected {(sum(sizes),)}.")
     for o, gate, _, activation in kinds:

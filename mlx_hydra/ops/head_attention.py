@@ -93,8 +93,9 @@ def head_attention(
             and 256, float32, float16 or bfloat16 throughout, 4 or 8 bits: one for few queries a KV
             head and one for many, both over parts of the keys that a third brings together where
             there is work for too few threadgroups else. Keys are read in place, once for all
-            heads that share them, and unpacked tile by tile. Gradients (of q alone where k and v
-            are quantised) are those of ``"ops"``, in blocks of queries. ``"ops"`` is
+            heads that share them, and unpacked tile by tile. Gradients are those of
+            ``"ops"``, in blocks of queries; where k and v are quantised of q alone, with k and v
+            unpacked. ``"ops"`` is
             ``mx.fast.scaled_dot_product_attention``, a call for all heads where the groups are of
             one size and in order, else a call a KV head; in blocks of queries where the fused
             kernel of MLX does not apply and its scores would not fit. ``"auto"`` takes our
