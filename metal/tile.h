@@ -2,7 +2,7 @@
 //
 // Element i of a tile stands at (tile_row(lane, i), tile_col(lane, i)), of a right_tile at
 // (right_row(lane, i), right_col(lane, i)). Where lanes keep which element is the machine's own:
-// here that of Apple's 8 x 8 simdgroup matrices, in compat/cuda.h that of the tensor cores. A
+// here that of Apple's 8 x 8 simdgroup matrices, in compat/tile.h that of the tensor cores. A
 // kernel asks these functions and knows neither. Elements 2j and 2j + 1 always stand side by side:
 // in one row of a tile, in one column of a right_tile's transpose.
 

@@ -87,7 +87,9 @@ def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callab
         make, name = mx.fast.metal_kernel, kernel.name
     else:
         make = mx.fast.cuda_kernel
-        header = as_cuda(read_text("compat/cuda.h") + header)
+        # Those of tiles for kernels that have tiles: MLX copies all text at every call.
+        compat = ["compat/cuda.h"] + ["compat/tile.h"] * ("tile.h" in kernel.headers)
+        header = as_cuda("\n".join(map(read_text, compat)) + header)
         body = as_cuda(body)
         # MLX before 0.32.4 keeps compiled CUDA kernels, on disk too, by name and template alone.
         text = f"{header}{body}{dtypes}"
