@@ -1,4 +1,5 @@
 import re
+import sys
 
 import mlx.core as mx
 import numpy as np
@@ -180,6 +181,25 @@ def test_the_name_of_a_cuda_kernel_is_one_word(cuda_names, full_gate):
         backend="cuda",
     )
     assert re.fullmatch(r"\w+", cuda_names[0])
+
+
+def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch):
+    texts = {}
+    monkeypatch.setattr(mx.fast, "cuda_kernel", lambda name, **text: texts.update({name: text}))
+    kernels.cache_clear()
+    every = [
+        x
+        for name, module in sys.modules.items()
+        if name.startswith("mlx_hydra.ops.")
+        for x in vars(module).values()
+        if isinstance(x, kernels.Kernel)
+    ]
+    for kernel in every:
+        kernels._build(kernel, "cuda", ())
+    kernels.cache_clear()
+    assert len(texts) == len(list(kernels.folder().glob("*.metal")))
+    for text in texts.values():
+        assert ("mma_16(" in text["header"]) == ("tile<" in text["source"])
 
 
 def test_cuda_kernels_for_other_types_have_other_names(cuda_names):
