@@ -49,9 +49,17 @@ def test_groups_keep_the_largest_sum_of_whole_groups(least):
     assert heads == [[h for g in layer for h in (2 * g, 2 * g + 1)] for layer in expected]
 
 
-def test_equal_scores_take_the_first():
-    assert choose_by_scores(np.zeros((2, 4)), Budget(0.25, 0)) == [[0, 1], []]
-    assert choose_by_scores(np.zeros((2, 4)), Budget(0.5, 1)) == [[0, 1, 2], [0]]
+def test_equal_scores_go_to_the_layer_with_the_fewest():
+    assert choose_by_scores(np.zeros((2, 4)), Budget(0.25, 0)) == [[0], [0]]
+    assert choose_by_scores(np.zeros((2, 4)), Budget(0.5, 1)) == [[0, 1], [0, 1]]
+    # Two heads of the first layer count, one of the last; of the rest none.
+    scores = np.zeros((3, 4))
+    scores[0, 1:3], scores[2, 3] = 1, 0.5
+    assert choose_by_scores(scores, Budget(0.5, 0)) == [[1, 2], [0, 1], [0, 3]]
+    assert choose_by_scores(scores, Budget(0.75, 0)) == [[0, 1, 2], [0, 1, 2], [0, 1, 3]]
+
+
+def test_ranking_takes_the_first_of_equals():
     assert ranked(np.array([[0.0, 1.0], [1.0, -1.0]])) == [(0, 1), (1, 0), (0, 0), (1, 1)]
 
 

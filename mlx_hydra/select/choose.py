@@ -41,7 +41,8 @@ def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
 
     Each layer's best come first, then the best of all the rest, up to ``round(ratio * L * H)``
     heads. KV groups are chosen by the mean of their heads' scores: as all are of one size, that
-    keeps the largest sum of scores. Of equal scores the first is taken.
+    keeps the largest sum of scores. Of equal scores, and most causal scores are 0, one of the layer
+    with the fewest chosen is taken, and of a layer's the first: no layer is filled up by chance.
 
     Args:
         scores: ``[L, H]``.
@@ -60,12 +61,15 @@ def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
             f"ratio from {least * L / total:.4g} up, or fewer heads a layer."
         )
     units = scores.reshape(L, in_layer, budget.size).mean(-1)
-    # Stable sorts, so that equal scores do not depend on the platform.
+    # A stable sort, so that equal scores do not depend on the platform.
     order = np.argsort(-units, axis=1, kind="stable")
     chosen = np.zeros(units.shape, dtype=bool)
     np.put_along_axis(chosen, order[:, :least], True, axis=1)
-    rest = np.where(chosen, -np.inf, units)
-    chosen.flat[np.argsort(-rest, axis=None, kind="stable")[: count - least * L]] = True
+    for _ in range(count - least * L):
+        rest = np.where(chosen, -np.inf, units)
+        best = rest == rest.max()
+        layer = np.where(best.any(1), chosen.sum(1), in_layer).argmin()
+        chosen[layer, best[layer].argmax()] = True
     return by_layer(np.repeat(chosen, budget.size, axis=1))
 
 
