@@ -22,6 +22,7 @@ from mlx_lm.models.cache import KVCache
 from mlx_hydra import kernels
 from mlx_hydra.models import hydrahead
 from mlx_hydra.models.cache import full_part, linear_part, make_cache
+from mlx_hydra.models.compiled_step import traceable
 from mlx_hydra.models.hydrahead import HydraHeadModel, ModelArgs
 
 VIEWS = {
@@ -96,7 +97,7 @@ def as_on_a_gpu(backend: str):
         mock.patch.object(mx.fast, "rms_norm", marker("rms_norm")),
         mock.patch.object(mx.fast, "rope", marker("rope")),
         mock.patch.object(mx.fast, "scaled_dot_product_attention", marker("attention")),
-        # What is contiguous already it leaves alone, as it finds all of this.
+        # What is contiguous already it leaves alone, as it finds all of this; no export knows it.
         mock.patch.object(mx, "contiguous", lambda x: x),
         mock.patch.object(mx, "custom_function", Undifferentiable),
         mock.patch.object(nn, "silu", marker("silu")),
@@ -154,6 +155,32 @@ def hydrahead_layer(full_heads: list[int], backend: str) -> tuple[Counter, int]:
         return count(step, mx.zeros((1, 1, HIDDEN)))
 
 
+def compiled_layer(full_heads: list[int]) -> tuple[Counter, int]:
+    """What a further layer adds to a compiled decode step."""
+    args = ModelArgs.from_dict(
+        settings(full_heads) | {"num_hidden_layers": 3, "full_attention_heads": [full_heads] * 3}
+    )
+    model = HydraHeadModel(args)
+    mx.eval(model.state)
+    cache = make_cache(args)
+    mx.eval(model(mx.array([[1, 2, 3]]), cache=cache), [c.state for c in cache])
+    arrays = [
+        ((kv.keys, kv.values) if (kv := full_part(c)) else (), tuple(linear_part(c).cache))
+        for c in cache
+    ]
+
+    def upto(layers):
+        def step(x):
+            y, left = traceable(model.layers[:layers])(x, mx.array([3]), arrays[:layers])
+            return [y, *(array for parts in left for part in parts for array in part)]
+
+        return count(step, mx.zeros((1, 1, HIDDEN)))
+
+    with as_on_a_gpu("metal"):
+        (fewer, few_views), (more, more_views) = upto(2), upto(3)
+    return more - fewer, more_views - few_views
+
+
 def dense_layer() -> tuple[Counter, int]:
     """One decode step of a layer of mlx-lm's Qwen3."""
     known = qwen3.ModelArgs.__dataclass_fields__
@@ -180,6 +207,7 @@ def main():
     rows = {
         "dense Qwen3 of mlx-lm": dense_layer(),
         f"{len(mixed)} full heads of {HEADS}, kernels": hydrahead_layer(mixed, "metal"),
+        f"{len(mixed)} full heads of {HEADS}, kernels, compiled": compiled_layer(mixed),
         f"{len(mixed)} full heads of {HEADS}, ops": hydrahead_layer(mixed, "ops"),
         "linear heads alone, kernels": hydrahead_layer([], "metal"),
         "linear heads alone, ops": hydrahead_layer([], "ops"),

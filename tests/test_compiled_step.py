@@ -264,11 +264,11 @@ def test_layers_share_what_they_make_of_the_position(compiled, monkeypatch):
 
         monkeypatch.setattr(compiled_step.Position, name, seen)
 
-    spy("rows", compiled_step.Position.rows)
+    spy("index", compiled_step.Position.index)
     spy("log_scale", compiled_step.Position.log_scale)
     read(model, tiny.tokens(2), cache)
     assert compiled
-    for name, calls in (("rows", 6), ("log_scale", 3)):
+    for name, calls in (("index", 3), ("log_scale", 3)):
         found = [(key, array) for of, key, array in made if of == name]
         assert len(found) == calls
         assert len({id(array) for _, array in found}) == len({key for key, _ in found}) < calls

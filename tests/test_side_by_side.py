@@ -4,6 +4,8 @@ import pytest
 import tiny
 from mlx_lm.tuner.lora import LoRALinear
 
+from mlx_hydra import kernels
+from mlx_hydra.models import side_by_side
 from mlx_hydra.models.side_by_side import SideBySide
 
 
@@ -71,7 +73,7 @@ def test_neighbours_of_a_kind_are_one_product(name, products, monkeypatch):
     layers, together = LAYERS[name](), SideBySide()
     together(X, layers)
     calls = []
-    for kind in (nn.Linear, nn.QuantizedLinear):
+    for kind in (nn.Linear, nn.QuantizedLinear, side_by_side._Product):
         run = kind.__call__
         monkeypatch.setattr(
             kind, "__call__", lambda self, x, run=run: calls.append(self) or run(self, x)
@@ -105,3 +107,28 @@ def test_weights_that_stay_are_joined_once(monkeypatch):
     joined = together._joined
     together(X, layers)
     assert together._joined is joined
+
+
+def nodes_of(function, x):
+    """The graph that a function of x builds, but for broadcasts."""
+    names = []
+    mx.export_function(lambda node: names.append(node.get("name")), function, x)
+    return [name for name in names if name not in (None, "Broadcast")]
+
+
+@pytest.mark.parametrize("rows, products", [(1, ["Matmul", "Add"]), (3, ["AddMM"])])
+def test_cublas_is_not_asked_for_a_row_with_a_bias(rows, products, monkeypatch):
+    monkeypatch.setattr(kernels, "gpu_backend", lambda: "cuda")
+    make, together, x = LAYERS["some with a bias"], SideBySide(), X[0, :rows]
+    layers = make()
+    expected = separately(make(), x)
+    assert tiny.distance(together(x, layers)[..., : expected.shape[-1]], expected) < 1e-4
+    # No weight is turned, and nothing sliced.
+    assert nodes_of(lambda x: together(x, layers), x) == products
+
+
+@pytest.mark.parametrize("last", [64, 5])
+def test_parts_are_split_off_at_once(last):
+    layers, together = [linear(32), linear(last)], SideBySide()
+    together(X, layers)
+    assert nodes_of(lambda x: together.apart(x, layers), X[0]) == ["Matmul", "Split"]

@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any
 
 import mlx.core as mx
@@ -18,18 +18,20 @@ class Position:
     """Where a compiled step's token stands, and what its layers make of that alike.
 
     Args:
-        numbers: int32 ``[1 + sum(heads)]``, of :func:`numbers_of`.
-        heads: of the arrays that keep keys, each number once.
+        offset: int32 ``[1]``; an array, as MLX would build a kernel for every number that stood in
+            a compiled function.
     """
 
-    def __init__(self, numbers: mx.array, heads: Sequence[int]):
-        self.offset, *rows = mx.split(numbers, list(accumulate(heads, initial=1))[:-1])
-        self._rows = dict(zip(heads, rows))
+    def __init__(self, offset: mx.array):
+        self.offset = offset
+        self._indices: dict[tuple, mx.array] = {}
         self._scales: dict[tuple, mx.array] = {}
 
-    def rows(self, heads: int) -> mx.array:
-        """The token's row for each of ``heads``, in their array of rows."""
-        return self._rows[heads]
+    def index(self, shape: tuple) -> mx.array:
+        """The offset for each element of a row ``shape``."""
+        if shape not in self._indices:
+            self._indices[shape] = mx.broadcast_to(self.offset, shape)
+        return self._indices[shape]
 
     def log_scale(self, base: float, scale: float) -> mx.array:
         """``scale * log(offset + base) / log(base)``."""
@@ -39,37 +41,22 @@ class Position:
         return self._scales[base, scale]
 
 
-def numbers_of(offset: int, room: int, heads: Sequence[int]) -> mx.array:
-    """The offset, and where it is in arrays of ``heads`` times ``room`` rows.
-
-    In an array, as MLX would build a kernel for every room that stood in a compiled function.
-    """
-    return mx.array([offset, *(offset + room * head for n in heads for head in range(n))])
-
-
 class KVBuffers:
-    """A KV cache's buffers inside a compiled step: read whole, and written where an array says."""
+    """A KV cache's buffers inside a compiled step: read whole, and written where an array says.
+
+    In place where safe, by a scatter: MLX's slice_update fetches where to write from the host's
+    memory on CUDA (31 us a call on an H100, a scatter 3).
+    """
 
     def __init__(self, keys: mx.array, values: mx.array, position: Position):
         self.keys, self.values, self.position = keys, values, position
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        self.keys, self.values = (
-            written(*pair, self.position) for pair in ((self.keys, keys), (self.values, values))
-        )
+        """Put down a token's keys and values ``[B, H, 1, D]``."""
+        index = self.position.index(keys.shape)
+        self.keys = mx.put_along_axis(self.keys, index, keys, axis=2)
+        self.values = mx.put_along_axis(self.values, index, values, axis=2)
         return self.keys, self.values
-
-
-def written(buffer: mx.array, row: mx.array, position: Position) -> mx.array:
-    """``buffer [B, H, S, D]`` with ``row [B, H, 1, D]`` at a position; in place where safe.
-
-    A scatter of rows: MLX's slice_update starts a kernel more, and on CUDA fetches where to write
-    from the host's memory (31 us a call on an H100, scatter 3).
-    """
-    B, H, _, D = buffer.shape
-    rows = buffer.reshape(-1, D)
-    rows[position.rows(B * H)] = row.reshape(-1, D)
-    return rows.reshape(buffer.shape)
 
 
 class CompiledStep:
@@ -132,7 +119,7 @@ class CompiledStep:
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
-        arrays, heads = [], {}
+        arrays = []
         for c in cache:
             full, linear = full_part(c), linear_part(c)
             arrays.append(
@@ -143,15 +130,13 @@ class CompiledStep:
             )
             if full is not None:
                 offset, room = full.offset, full.keys.shape[2]
-                heads[full.keys.shape[0] * full.keys.shape[1]] = None
-        heads = tuple(heads)
         # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
-        key = h.shape, h.dtype, room, heads, mx.default_stream(mx.default_device())
+        key = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
         traced = self._traced
         if traced[0] != key:
             # Put down in one piece: another thread may be here, too.
-            self._traced = traced = key, mx.compile(traceable(layers, heads))
-        h, arrays = traced[1](h, numbers_of(offset, room, heads), arrays)
+            self._traced = traced = key, mx.compile(traceable(layers))
+        h, arrays = traced[1](h, mx.array([offset]), arrays)
         for c, (of_full, of_linear) in zip(cache, arrays):
             full, linear = full_part(c), linear_part(c)
             if full is not None:
@@ -171,11 +156,15 @@ def parts_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
     return chain.from_iterable(map(dict.values, modules))
 
 
-def traceable(layers: Sequence[nn.Module], heads: Sequence[int]):
-    """The layers as a function of arrays: hidden state, numbers, and arrays of each cache."""
+def traceable(layers: Sequence[nn.Module]):
+    """The layers as a function of arrays: hidden state, offset, and arrays of each cache.
 
-    def step(h, numbers, arrays):
-        left, position = [], Position(numbers, heads)
+    Layers get the token's state as ``[B, hidden]``, whose products are one node of the graph each;
+    of ``[B, 1, hidden]`` MLX makes three, and the host handles each node for every token.
+    """
+
+    def step(h, offset, arrays):
+        left, position, h = [], Position(offset), h[:, 0]
         for layer, (of_full, of_linear) in zip(layers, arrays):
             full = KVBuffers(*of_full, position) if of_full else None
             linear = None
@@ -192,6 +181,6 @@ def traceable(layers: Sequence[nn.Module], heads: Sequence[int]):
                     () if linear is None else tuple(linear.cache),
                 )
             )
-        return h, left
+        return h[:, None], left
 
     return step

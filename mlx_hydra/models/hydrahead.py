@@ -117,11 +117,11 @@ class FullAttention(nn.Module):
     def __call__(
         self, x, mask, cache, offset, projected=None
     ) -> tuple[mx.array, Optional[mx.array]]:
-        B, T, _ = x.shape
+        T = x.shape[1]
         q, k, v, *gate = projected or [projection(x) for projection in self.projections]
-        q = self.q_norm(q.reshape(B, T, self.n_heads, -1)).transpose(0, 2, 1, 3)
-        k = self.k_norm(k.reshape(B, T, self.n_kv_heads, -1)).transpose(0, 2, 1, 3)
-        v = v.reshape(B, T, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        q = heads_first(self.q_norm(by_head(q, self.n_heads)), T)
+        k = heads_first(self.k_norm(by_head(k, self.n_kv_heads)), T)
+        v = heads_first(by_head(v, self.n_kv_heads), T)
 
         if "rope" in self:
             q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
@@ -160,6 +160,25 @@ class FullAttention(nn.Module):
         # Left padding has positions below zero, which nothing reads.
         t = mx.maximum(offset[:, None, None] + mx.arange(T), 0).astype(mx.float32)
         return (mx.log(t + self.log_scale_base) / math.log(self.log_scale_base))[..., None]
+
+
+def by_head(x: mx.array, heads: int) -> mx.array:
+    """``[B, T, H * D]`` as ``[B, T, H, D]``, and for one token as ``[B, H, 1, D]`` at once."""
+    B, T, _ = x.shape
+    return x.reshape((B, heads, 1, -1) if T == 1 else (B, T, heads, -1))
+
+
+def tokens_of(x: mx.array) -> int:
+    """T of ``x [B, T, dim]``; in a compiled step it is ``[B, dim]``, and 1."""
+    return 1 if x.ndim == 2 else x.shape[1]
+
+
+def heads_first(x: mx.array, T: int) -> mx.array:
+    """What :func:`by_head` gives of T tokens as ``[B, H, T, D]``.
+
+    Nothing is to be done for one: views start no kernel, but the host handles each.
+    """
+    return x if T == 1 else x.transpose(0, 2, 1, 3)
 
 
 @functools.lru_cache(maxsize=1)
@@ -229,7 +248,7 @@ class LinearAttention(nn.Module):
         rotates = "rope" not in self or self._rotation is not None
         if cache is None or cache.lengths is not None or not rotates:
             return "ops"
-        return step_backend(x.dtype, x.shape[1], self.head_dim, self.taps)
+        return step_backend(x.dtype, tokens_of(x), self.head_dim, self.taps)
 
     @property
     def projections(self) -> list[nn.Module]:
@@ -302,9 +321,14 @@ class Attention(nn.Module):
         return self.linear.step_backend(x, linear_part(cache)) if "linear" in self else "ops"
 
     def fused_heads(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
-        """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first."""
+        """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first.
+
+        Of x ``[B, dim]``, the token of a compiled step, ``[B, H * D]``.
+        """
         if (backend := self.step_backend(x, cache)) != "ops":
             return self._step(x, full_mask, linear_mask, cache, offset, backend)
+        if x.ndim == 2:
+            return self.fused_heads(x[:, None], full_mask, linear_mask, cache, offset)[:, 0]
         kinds, of_full, of_linear = [], None, None
         if "linear" in self and cache is not None and not self.training and kernels_run():
             of_full = self.full.projections if "full" in self else []
@@ -325,19 +349,19 @@ class Attention(nn.Module):
     def _step(self, x, full_mask, linear_mask, cache, offset, backend):
         """A few tokens: one product for all projections, and one kernel for what follows."""
         of_full_heads = {}
-        if "full" not in self:
-            projected = self._side_by_side(x, self.linear.projections)
-        else:
-            projected = self._side_by_side(x, self.full.projections + self.linear.projections)
+        projections = self.full.projections if "full" in self else []
+        rows = self._side_by_side(x, projections + self.linear.projections)
+        projected = rows.reshape(len(x), tokens_of(x), -1)
+        if "full" in self:
             *parts, _ = mx.split(projected, self.full.ends, axis=-1)
-            o, gate = self.full(x, full_mask, full_part(cache), offset, parts)
+            o, gate = self.full(projected, full_mask, full_part(cache), offset, parts)
             of_full_heads = {
                 "first": self.full.ends[-1],
                 "full": o,
                 "full_gate": None if gate is None else self.full.ends[-2],
                 "full_eps": self.full_eps,
             }
-        return self.linear.step(
+        fused = self.linear.step(
             projected,
             linear_mask,
             linear_part(cache),
@@ -347,6 +371,7 @@ class Attention(nn.Module):
             backend=backend,
             **of_full_heads,
         )
+        return fused.reshape(*x.shape[:-1], -1)
 
 
 class TransformerBlock(nn.Module):

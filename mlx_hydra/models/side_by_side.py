@@ -3,9 +3,12 @@
 import copy
 from collections.abc import Sequence
 from itertools import accumulate, groupby
+from typing import Optional
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from .. import kernels
 
 
 class SideBySide:
@@ -34,7 +37,9 @@ class SideBySide:
         outputs = []
         for layer, ends in self._products(layers):
             output = layer(x)
-            outputs += mx.split(output, ends, axis=-1)[: len(ends)] if len(ends) > 1 else [output]
+            # Behind the end of it all is nothing; MLX would make a slice of each part.
+            inner = [end for end in ends if end != output.shape[-1]] if len(ends) > 1 else []
+            outputs += mx.split(output, inner, axis=-1)[: len(ends)] if inner else [output]
         return outputs
 
     def _products(self, layers):
@@ -66,26 +71,47 @@ def _ends(layers):
     return list(accumulate(layer.weight.shape[0] for layer in layers))
 
 
+class _Product:
+    """Plain layers that are joined.
+
+    Their weights lie turned: a view, which a compiled step would make anew for each token.
+    """
+
+    def __init__(self, weight: mx.array, bias: Optional[mx.array]):
+        self.turned, self.bias = weight.T, bias
+        mx.eval(self.turned)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.bias is None:
+            return x @ self.turned
+        if x.size == x.shape[-1] and kernels.gpu_backend() == "cuda":
+            # To be asked for a product with a bias takes cuBLAS longer than MLX's own product of
+            # a row and a sum take together.
+            return x @ self.turned + self.bias
+        return mx.addmm(self.bias, x, self.turned)
+
+
 def _join(layers):
     if len(layers) == 1:
         return layers[0]
-    joined = copy.copy(layers[0])
+    first, is_plain = layers[0], type(layers[0]) is nn.Linear
     sizes = [layer.weight.shape[0] for layer in layers]
     ends = _ends(layers)
     # cuBLAS leaves its fast products to rows of whole 16 bytes.
-    padding = -ends[-1] % 8 if type(joined) is nn.Linear else 0
+    padding = -ends[-1] % 8 if is_plain else 0
+    joined = {}
     biases = [layer["bias"] for layer in layers if "bias" in layer]
     if biases:
-        joined.bias = mx.concatenate(
+        joined["bias"] = mx.concatenate(
             [
                 layer["bias"] if "bias" in layer else mx.zeros(size, biases[0].dtype)
                 for layer, size in zip(layers, sizes)
             ]
             + [mx.zeros(padding, biases[0].dtype)]
         )
-        mx.eval(joined.bias)
+        mx.eval(joined["bias"])
     for name in ("weight", "scales", "biases"):
-        if name in joined:
+        if name in first:
             weights = [layer[name] for layer in layers]
             if padding:
                 weights.append(mx.zeros((padding, weights[0].shape[1]), weights[0].dtype))
@@ -96,4 +122,9 @@ def _join(layers):
             for layer, part in zip(layers, slices):
                 layer[name] = part
     mx.clear_cache()
-    return joined
+    if is_plain:
+        return _Product(joined["weight"], joined.get("bias"))
+    product = copy.copy(first)
+    for name, array in joined.items():
+        product[name] = array
+    return product

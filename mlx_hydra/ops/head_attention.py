@@ -86,7 +86,7 @@ def head_attention(
         scale: what the scores are multiplied by.
         offset: query t sees the keys 0 .. offset + t. Where :func:`takes_arrays` says so, scale
             and offset may be arrays of one number, float32 and int32, that are not evaluated:
-            whether S is enough is not checked then.
+            whether S is enough is not checked then, and an offset so given has no gradient.
         mask: bool ``[B, 1, T, S]``, in place of the causal rule (batches with padding).
         group_size, bits: how k and v are quantised; None for plain arrays.
         backend: ``"metal"`` and ``"cuda"`` are our kernels, for head sizes of 32, 64, 80, 96, 128
@@ -179,6 +179,8 @@ def _is_uniform(index, Hk):
 
 def _by_kernels(q, k, v, call, backend):
     """Our kernels, with the gradients of the plain form."""
+    if isinstance(call.offset, mx.array):
+        return _run(q, k, v, call, backend)
     if call.bits is not None:
 
         @mx.custom_function
