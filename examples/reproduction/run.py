@@ -1,6 +1,6 @@
 """Run the reproduction: select, convert, distil and evaluate every student of the recipe.
 
-    python examples/reproduction/run.py --teacher TEACHER --work WORK --processes 6 --minutes 8
+    python examples/reproduction/run.py --teacher TEACHER --work WORK --minutes 15
 
 The same command goes on where it was stopped; on another machine, with that results.json in WORK.
 WORK/results.json grows with every job, and is what table.py reads; WORK/jobs/NAME holds a job's
@@ -261,7 +261,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="--out of teacher.py")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "reproduction")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
-    parser.add_argument("--processes", type=int, default=6, help="jobs at a time (6)")
+    parser.add_argument("--processes", type=int, default=5, help="jobs at a time (5)")
     parser.add_argument("--minutes", type=float, default=60, help="then all is stopped (60)")
     parser.add_argument("--only", metavar="PATTERN", help="jobs of such names, as 'causal-0.125-*'")
     parser.add_argument("--list", action="store_true", help="print the jobs, and run none")

@@ -95,9 +95,15 @@ def verdict(runs: Runs, ratio: float) -> str:
     return as_table(header, rows)
 
 
+def place_of(run: dict) -> tuple:
+    """Where a run stands in a table of all: whatever their processes finished first."""
+    order = [*METHODS, "teacher"]
+    return run["ratio"], run["ablation"] or "", order.index(run["method"]), run["seed"]
+
+
 def loss_table(runs: Runs) -> str:
     rows = []
-    for run in runs:
+    for run in sorted(runs, key=place_of):
         if "losses" in run:
             stages = {stage["objective"]: f"{stage['last']:.4f}" for stage in run["losses"]}
             heads = " ".join(str(len(layer)) for layer in run["full_attention_heads"])
