@@ -105,6 +105,7 @@ def as_on_a_gpu(backend: str):
         mock.patch.object(qwen3, "swiglu", marker("swiglu")),
         mock.patch.object(hydrahead, "swiglu", marker("swiglu")),
         mock.patch.object(kernels, "gpu_backend", lambda: "metal"),
+        mock.patch.object(hydrahead, "runs_on_gpu", lambda: True),
         mock.patch.dict(os.environ, {"MLX_HYDRA_BACKEND": backend}),
     ]
     with contextlib.ExitStack() as stack:
@@ -140,7 +141,7 @@ def hydrahead_layer(full_heads: list[int], backend: str) -> tuple[Counter, int]:
     """One decode step of a layer with these full heads."""
     args = ModelArgs.from_dict(settings(full_heads))
     model = HydraHeadModel(args)
-    mx.eval(model.state)
+    mx.eval(model.eval().state)
     cache = make_cache(args)
     mx.eval(model(mx.array([[1, 2, 3]]), cache=cache), [c.state for c in cache])
     layer, own = model.layers[0], cache[0]
@@ -155,28 +156,34 @@ def hydrahead_layer(full_heads: list[int], backend: str) -> tuple[Counter, int]:
         return count(step, mx.zeros((1, 1, HIDDEN)))
 
 
-def compiled_layer(full_heads: list[int]) -> tuple[Counter, int]:
-    """What a further layer adds to a compiled decode step."""
+def compiled_layer(full_heads: list[int], backend: str) -> tuple[Counter, int]:
+    """What a further layer adds to a compiled decode step.
+
+    Not yet fused: mx.compile makes one kernel of several elementwise operations.
+    """
     args = ModelArgs.from_dict(
         settings(full_heads) | {"num_hidden_layers": 3, "full_attention_heads": [full_heads] * 3}
     )
     model = HydraHeadModel(args)
-    mx.eval(model.state)
+    mx.eval(model.eval().state)
     cache = make_cache(args)
     mx.eval(model(mx.array([[1, 2, 3]]), cache=cache), [c.state for c in cache])
+    kv = full_part(cache[0])
     arrays = [
-        ((kv.keys, kv.values) if (kv := full_part(c)) else (), tuple(linear_part(c).cache))
-        for c in cache
+        ((full_part(c).keys, full_part(c).values), tuple(linear_part(c).cache)) for c in cache
     ]
 
     def upto(layers):
         def step(x):
-            y, left = traceable(model.layers[:layers])(x, mx.array([3]), arrays[:layers])
+            y, left = traceable(model.layers[:layers])(x, where, arrays[:layers])
             return [y, *(array for parts in left for part in parts for array in part)]
 
         return count(step, mx.zeros((1, 1, HIDDEN)))
 
-    with as_on_a_gpu("metal"):
+    where = [mx.array([3])]
+    if backend == "ops":
+        where.append(mx.zeros((1, 1, 1, kv.keys.shape[2]), mx.bool_))
+    with as_on_a_gpu(backend):
         (fewer, few_views), (more, more_views) = upto(2), upto(3)
     return more - fewer, more_views - few_views
 
@@ -207,8 +214,9 @@ def main():
     rows = {
         "dense Qwen3 of mlx-lm": dense_layer(),
         f"{len(mixed)} full heads of {HEADS}, kernels": hydrahead_layer(mixed, "metal"),
-        f"{len(mixed)} full heads of {HEADS}, kernels, compiled": compiled_layer(mixed),
+        f"{len(mixed)} full heads of {HEADS}, kernels, compiled": compiled_layer(mixed, "metal"),
         f"{len(mixed)} full heads of {HEADS}, ops": hydrahead_layer(mixed, "ops"),
+        f"{len(mixed)} full heads of {HEADS}, ops, compiled": compiled_layer(mixed, "ops"),
         "linear heads alone, kernels": hydrahead_layer([], "metal"),
         "linear heads alone, ops": hydrahead_layer([], "ops"),
         "full heads alone, kernels": hydrahead_layer(every, "metal"),

@@ -6,14 +6,16 @@ import gc
 import weakref
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 import tiny
-from mlx.utils import tree_map
+from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from mlx_hydra.models import compiled_step, hydrahead
 from mlx_hydra.models.cache import CacheList, full_part, linear_part
+from mlx_hydra.models.hydrahead import may_cast
 from mlx_hydra.ops import fuse_heads, gated_delta
 from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
 
@@ -74,15 +76,23 @@ def delta_step(
 
 
 @pytest.fixture
-def compiled(monkeypatch):
+def compiled(monkeypatch, compiled_ops):
     """Counts the steps that run compiled."""
-    monkeypatch.setattr(compiled_step, "runs_on_gpu", lambda: True)
     monkeypatch.setattr(compiled_step, "takes_arrays", lambda dtype, head_dim: True)
+    monkeypatch.setattr(compiled_step, "kernels_run", lambda: True)
     monkeypatch.setattr(
         hydrahead, "step_backend", lambda dtype, T, head_dim, taps: "metal" if T <= 8 else "ops"
     )
     monkeypatch.setattr(hydrahead, "head_attention", attention)
     monkeypatch.setattr(hydrahead, "gated_delta_step", delta_step)
+    return compiled_ops
+
+
+@pytest.fixture
+def compiled_ops(monkeypatch):
+    """The same where no kernels run: what is compiled is what runs on a Mac."""
+    for module in (compiled_step, hydrahead):
+        monkeypatch.setattr(module, "runs_on_gpu", lambda: True)
     calls = []
     run = compiled_step.CompiledStep.__call__
 
@@ -92,6 +102,10 @@ def compiled(monkeypatch):
 
     monkeypatch.setattr(compiled_step.CompiledStep, "__call__", counted)
     return calls
+
+
+def weights_of(model):
+    return tree_flatten(model.parameters())
 
 
 def read(model, tokens, cache, *, one_by_one=True):
@@ -116,7 +130,9 @@ def begun(model, batch=1, tokens=5):
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-def test_compiled_steps_are_ordinary_ones(compiled, changes, batch):
+@pytest.mark.parametrize("backend", ["compiled", "compiled_ops"])
+def test_compiled_steps_are_ordinary_ones(request, backend, changes, batch):
+    compiled = request.getfixturevalue(backend)
     model, tokens = tiny.model(**SIZES, **changes), tiny.tokens(9, batch=batch)
     plain = begun(model, batch)
     expected = read(model, tokens, plain, one_by_one=False)
@@ -136,6 +152,26 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch):
         if linear is not None:
             for x, y in zip(linear.cache, linear_part(other).cache):
                 assert tiny.distance(x, y) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["mixed types", "quantised weights", "lora"])
+def test_compiled_ops_take_what_mlx_lm_brings(compiled_ops, kind):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(7)
+    if kind == "mixed types":
+        cast = {n: w.astype(mx.bfloat16) if may_cast(n) else w for n, w in weights_of(model)}
+        model.load_weights(list(cast.items()))
+    elif kind == "quantised weights":
+
+        def of_whole_groups(_, module):
+            return type(module) is nn.Linear and module.weight.shape[1] % 32 == 0
+
+        nn.quantize(model, 32, 4, class_predicate=of_whole_groups)
+    else:
+        linear_to_lora_layers(model, 2, {"rank": 2, "scale": 3.0, "dropout": 0.0})
+    limit = 0.1 if kind == "mixed types" else 1e-4
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < limit
+    assert compiled_ops
 
 
 def test_a_cache_that_grows_is_grown_by_an_ordinary_step(compiled):

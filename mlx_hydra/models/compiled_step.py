@@ -4,12 +4,13 @@ import math
 import operator
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache, KVCache
 
+from ..ops.backend import kernels_run
 from ..ops.head_attention import takes_arrays
 from .cache import CacheList, full_part, linear_part
 
@@ -20,10 +21,12 @@ class Position:
     Args:
         offset: int32 ``[1]``; an array, as MLX would build a kernel for every number that stood in
             a compiled function.
+        seen: which rows of the KV cache the token sees, bool ``[1, 1, 1, S]``; None where kernels
+            run, which take the offset for it.
     """
 
-    def __init__(self, offset: mx.array):
-        self.offset = offset
+    def __init__(self, offset: mx.array, seen: Optional[mx.array] = None):
+        self.offset, self.seen = offset if seen is None else offset.reshape(()), seen
         self._indices: dict[tuple, mx.array] = {}
         self._scales: dict[tuple, mx.array] = {}
 
@@ -75,12 +78,15 @@ class CompiledStep:
         return CompiledStep, ()
 
     def takes(self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any]) -> bool:
-        """Whether the step is one of kernels, over plain caches with room for a token."""
+        """Whether the step is a token on a GPU, over plain caches with room for it.
+
+        On the CPU MLX would have to build kernels with the machine's compiler, for seconds.
+        """
         if h.shape[1] != 1 or not runs_on_gpu():
             return False
         linears = (layer.self_attn.linear for layer in layers if "linear" in layer.self_attn)
         heads = next(linears, None)
-        if heads is None or not takes_arrays(h.dtype, heads.head_dim):
+        if heads is None or (kernels_run() and not takes_arrays(h.dtype, heads.head_dim)):
             return False
         places = set()
         for layer, c in zip(layers, cache):
@@ -101,7 +107,8 @@ class CompiledStep:
             return False
         offset, room = places.pop()
         part = next(part for c in cache if (part := linear_part(c)) is not None)
-        return offset < room and heads.step_backend(h, part) != "ops"
+        by_kernels = heads.step_backend(h, part) != "ops"
+        return offset < room and heads.takes_arrays and by_kernels == kernels_run()
 
     def remembers(self, layers: Sequence[nn.Module]) -> bool:
         """Whether an ordinary step has run with these very layers and weights."""
@@ -131,12 +138,17 @@ class CompiledStep:
             if full is not None:
                 offset, room = full.offset, full.keys.shape[2]
         # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
-        key = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
+        by_kernels = kernels_run()
+        key = h.shape, h.dtype, room, by_kernels, mx.default_stream(mx.default_device())
         traced = self._traced
         if traced[0] != key:
             # Put down in one piece: another thread may be here, too.
             self._traced = traced = key, mx.compile(traceable(layers))
-        h, arrays = traced[1](h, mx.array([offset]), arrays)
+        where = [mx.array([offset])]
+        if not by_kernels:
+            # Made here, for the number of rows must not stand in a compiled function either.
+            where.append((mx.arange(room) <= offset)[None, None, None])
+        h, arrays = traced[1](h, where, arrays)
         for c, (of_full, of_linear) in zip(cache, arrays):
             full, linear = full_part(c), linear_part(c)
             if full is not None:
@@ -157,14 +169,14 @@ def parts_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
 
 
 def traceable(layers: Sequence[nn.Module]):
-    """The layers as a function of arrays: hidden state, offset, and arrays of each cache.
+    """The layers as a function of arrays: hidden state, Position's, and arrays of each cache.
 
     Layers get the token's state as ``[B, hidden]``, whose products are one node of the graph each;
     of ``[B, 1, hidden]`` MLX makes three, and the host handles each node for every token.
     """
 
-    def step(h, offset, arrays):
-        left, position, h = [], Position(offset), h[:, 0]
+    def step(h, where, arrays):
+        left, position, h = [], Position(*where), h[:, 0]
         for layer, (of_full, of_linear) in zip(layers, arrays):
             full = KVBuffers(*of_full, position) if of_full else None
             linear = None

@@ -31,7 +31,7 @@ from .cache import (
     make_cache,
     padding_mask,
 )
-from .compiled_step import CompiledStep, KVBuffers
+from .compiled_step import CompiledStep, KVBuffers, runs_on_gpu
 from .side_by_side import SideBySide
 
 # Tokens whose layers keep a GPU busy for longer than Python takes to build the next.
@@ -123,6 +123,9 @@ class FullAttention(nn.Module):
         k = heads_first(self.k_norm(by_head(k, self.n_kv_heads)), T)
         v = heads_first(by_head(v, self.n_kv_heads), T)
 
+        compiled = isinstance(cache, KVBuffers)
+        if compiled:
+            mask = cache.position.seen
         if "rope" in self:
             q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
         scale, a = self.scale, self.log_scale_base
@@ -130,8 +133,10 @@ class FullAttention(nn.Module):
             if T == 1 and isinstance(offset, int):
                 # One position: its factor is a number, and costs no operation.
                 scale *= math.log(offset + a) / math.log(a)
-            elif isinstance(cache, KVBuffers):
+            elif compiled and mask is None:
                 scale = cache.position.log_scale(a, scale)
+            elif compiled:
+                q = (q * cache.position.log_scale(a, 1.0)).astype(q.dtype)
             else:
                 q = (q * self._log_scale(T, offset)).astype(q.dtype)
 
@@ -147,7 +152,7 @@ class FullAttention(nn.Module):
             v,
             self.kv_index,
             scale=scale,
-            offset=offset if isinstance(cache, KVBuffers) else keys.shape[2] - T,
+            offset=offset if compiled and mask is None else keys.shape[2] - T,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
         )
@@ -215,6 +220,7 @@ class LinearAttention(nn.Module):
         if switches.rope:
             self.rope = rope_for(args)
         self._rotation = rotation_of(self.rope, D) if switches.rope else None
+        self.takes_arrays = not switches.rope or self._rotation is not None
         self.A_log = mx.zeros((H,))
         self.dt_bias = mx.zeros((H,))
 
@@ -245,8 +251,7 @@ class LinearAttention(nn.Module):
 
     def step_backend(self, x, cache) -> str:
         """What runs :meth:`step` on the next tokens; ``"ops"`` where nothing does."""
-        rotates = "rope" not in self or self._rotation is not None
-        if cache is None or cache.lengths is not None or not rotates:
+        if cache is None or cache.lengths is not None or not self.takes_arrays:
             return "ops"
         return step_backend(x.dtype, tokens_of(x), self.head_dim, self.taps)
 
@@ -330,7 +335,7 @@ class Attention(nn.Module):
         if x.ndim == 2:
             return self.fused_heads(x[:, None], full_mask, linear_mask, cache, offset)[:, 0]
         kinds, of_full, of_linear = [], None, None
-        if "linear" in self and cache is not None and not self.training and kernels_run():
+        if "linear" in self and cache is not None and not self.training and runs_on_gpu():
             of_full = self.full.projections if "full" in self else []
             projected = self._side_by_side.apart(x, of_full + self.linear.projections)
             of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
@@ -386,7 +391,8 @@ class TransformerBlock(nn.Module):
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), full_mask, linear_mask, cache, offset)
         mlp, x = self.mlp, self.post_attention_layernorm(h)
-        if self.self_attn.step_backend(x, cache) == "ops":
+        is_token = tokens_of(x) == 1 and cache is not None and not self.training and runs_on_gpu()
+        if not is_token and self.self_attn.step_backend(x, cache) == "ops":
             return h + mlp(x)
         gate, up = self._side_by_side.apart(x, [mlp.gate_proj, mlp.up_proj])
         return h + mlp.down_proj(swiglu(gate, up))
