@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlx.core as mx
@@ -95,6 +96,11 @@ def main() -> None:
     parser.add_argument("--size", default="qwen3-1.7b", help="small, for a trial on a CPU")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--iters", type=int, default=8)
+    parser.add_argument(
+        "--at-once",
+        action="store_true",
+        help="both runs side by side, on a GPU with room: half the wait, and no speeds to compare",
+    )
     parser.add_argument("--out", type=Path, help="write the results here as JSON")
     args = parser.parse_args()
 
@@ -105,12 +111,14 @@ def main() -> None:
         write_model(args.size, model)
         write_data(data, args.tokens)
         mx.clear_cache()
-        runs = []
-        for backend in dict.fromkeys((kernels.gpu_backend() or "ops", "ops")):
-            runs.append(train(model, data, backend, args))
-            print(runs[-1].pop("printed", ""), flush=True)
-            print(json.dumps(runs[-1]), flush=True)
-            record.write(args.out, size=args.size, tokens=args.tokens, runs=runs)
+        runs, backends = [], list(dict.fromkeys((kernels.gpu_backend() or "ops", "ops")))
+        with ThreadPoolExecutor(len(backends) if args.at_once else 1) as pool:
+            for run in pool.map(lambda backend: train(model, data, backend, args), backends):
+                print(run.pop("printed", ""), flush=True)
+                print(json.dumps(run), flush=True)
+                runs.append(run)
+                about = {name: getattr(args, name) for name in ("size", "tokens", "at_once")}
+                record.write(args.out, **about, runs=runs)
 
 
 if __name__ == "__main__":
