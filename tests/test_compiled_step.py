@@ -138,6 +138,10 @@ def test_compiled_steps_are_ordinary_ones(request, backend, changes, batch):
     expected = read(model, tokens, plain, one_by_one=False)
     assert not compiled
     cache = begun(model, batch)
+    for kv in filter(None, map(full_part, cache)):
+        # What lies behind the sequence is nobody's.
+        for rows in (kv.keys, kv.values):
+            rows[:, :, kv.offset :] = mx.random.normal(rows[:, :, kv.offset :].shape)
     found = read(model, tokens, cache)
     assert len(compiled) == 9
     assert tiny.distance(found, expected) < 1e-4
@@ -258,6 +262,15 @@ def test_what_is_not_compiled(compiled, monkeypatch):
     layer.self_attn.full.takes_arrays = True
     monkeypatch.setattr(compiled_step, "takes_arrays", lambda dtype, head_dim: False)
     assert not takes(model.layers, h, begun(model))
+
+
+def test_ops_whose_rope_depends_on_the_length_are_not_compiled(compiled_ops):
+    model = tiny.model(**SIZES)
+    takes, h, cache = model.model._compiled_step.takes, mx.zeros((1, 1, 32)), begun(model)
+    assert takes(model.layers, h, cache)
+    linear = next(layer.self_attn.linear for layer in model.layers if "linear" in layer.self_attn)
+    linear.takes_arrays = False
+    assert not takes(model.layers, h, cache)
 
 
 def test_the_keys_are_written_in_place(compiled, monkeypatch):

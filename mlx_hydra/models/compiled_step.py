@@ -138,14 +138,13 @@ class CompiledStep:
             if full is not None:
                 offset, room = full.offset, full.keys.shape[2]
         # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
-        by_kernels = kernels_run()
-        key = h.shape, h.dtype, room, by_kernels, mx.default_stream(mx.default_device())
+        key = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
         traced = self._traced
         if traced[0] != key:
             # Put down in one piece: another thread may be here, too.
             self._traced = traced = key, mx.compile(traceable(layers))
         where = [mx.array([offset])]
-        if not by_kernels:
+        if not kernels_run():
             # Made here, for the number of rows must not stand in a compiled function either.
             where.append((mx.arange(room) <= offset)[None, None, None])
         h, arrays = traced[1](h, where, arrays)
