@@ -188,16 +188,21 @@ def test_a_cache_that_grows_is_grown_by_an_ordinary_step(compiled):
     assert keys_of(cache).shape[2] == 512
 
 
-def test_what_was_traced_for_a_smaller_cache_is_not_kept(compiled):
+def test_a_few_traces_are_kept(compiled):
     model, tokens = tiny.model(**SIZES), tiny.tokens(6)
     step, cache = model.model._compiled_step, begun(model, tokens=252)
     read(model, tokens[:, :2], cache)
-    before = step._traced[1]
+    [(key, traced)] = step._traced.items()
     read(model, tokens[:, 2:3], cache)
-    assert step._traced[1] is before
+    assert step._traced == {key: traced}
+    # The cache grows by the way.
     read(model, tokens[:, 3:], cache)
     assert keys_of(cache).shape[2] == 512
-    assert step._traced[1] is not before
+    assert len(step._traced) == 2
+    for batch in range(2, 6):
+        read(model, tiny.tokens(1, batch=batch), begun(model, batch))
+    assert len(step._traced) == compiled_step.TRACES
+    assert key not in step._traced
 
 
 def test_sequences_take_turns(compiled):
@@ -212,6 +217,16 @@ def test_sequences_take_turns(compiled):
             got = model(tokens[i : i + 1, t : t + 1], cache=caches[i])
             assert tiny.distance(got, expected[i][:, t : t + 1]) < 1e-4
     assert len(compiled) == 11
+    # Of one size, and of two.
+    assert len(model.model._compiled_step._traced) == 1
+    caches[1] = begun(model, tokens=300)
+    for t in range(3):
+        for cache in caches:
+            model(tokens[:1, t : t + 1], cache=cache)
+    assert len(model.model._compiled_step._traced) == 2
+    traced = dict(model.model._compiled_step._traced)
+    model(tokens[:1, :1], cache=caches[0])
+    assert model.model._compiled_step._traced == traced
 
 
 def test_a_copy_of_a_cache_stays_as_it_is(compiled):
@@ -240,6 +255,65 @@ def test_new_weights_and_new_layers_are_taken_up(compiled):
             module.lora_b = mx.random.normal(module.lora_b.shape)
     expected = read(model, tokens, begun(model), one_by_one=False)
     assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+
+
+def with_lora(model, **settings):
+    linear_to_lora_layers(model, 3, {"rank": 2, "scale": 3.0, "dropout": 0.0} | settings)
+    for _, module in model.named_modules():
+        if "lora_b" in module:
+            module.lora_b = mx.random.normal(module.lora_b.shape)
+    return model.eval()
+
+
+def test_new_settings_are_taken_up(compiled_ops):
+    model, tokens = with_lora(tiny.model(**SIZES)), tiny.tokens(3)
+    read(model, tokens, begun(model))
+    for _, module in model.named_modules():
+        if "lora_b" in module:
+            module.scale = 0.0
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+
+
+def test_dropout_is_not_compiled(compiled_ops):
+    model, tokens = with_lora(tiny.model(**SIZES), dropout=0.5), tiny.tokens(3)
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    cache = begun(model)
+    model.train()
+    assert not compiled_ops
+    found = [read(model, tokens[:, :2], copy.deepcopy(cache)) for _ in range(2)]
+    assert tiny.distance(*found) > 0.1
+    assert not compiled_ops
+    model.eval()
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+
+
+@pytest.mark.parametrize("then", ["a token", "a prompt", "training"])
+def test_old_weights_are_let_go(compiled_ops, then):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(3)
+    read(model, tokens, begun(model))
+    assert compiled_ops
+    held = [weakref.ref(w) for _, w in weights_of(model)]
+    model.update(tree_map(lambda w: 0.9 * w, model.parameters()))
+    if then == "training":
+        mx.eval(model.train()(tokens))
+    else:
+        read(model, tokens[:, : 1 if then == "a token" else 3], begun(model), one_by_one=False)
+    gc.collect()
+    assert not any(ref() is not None for ref in held)
+
+
+def test_weights_may_be_arguments(compiled_ops):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(4)
+    expected = model(tokens, cache=make_prompt_cache(model))
+    model = tiny.model(**SIZES)
+
+    def run(tokens):
+        return model(tokens, cache=make_prompt_cache(model))
+
+    whole = mx.compile(run, inputs=[model.state])
+    assert tiny.distance(whole(tokens), expected) < 1e-4
+    assert tiny.distance(read(model, tokens, make_prompt_cache(model)), expected) < 1e-4
 
 
 def test_what_is_not_compiled(compiled, monkeypatch):

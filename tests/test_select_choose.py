@@ -59,6 +59,14 @@ def test_equal_scores_go_to_the_layer_with_the_fewest():
     assert choose_by_scores(scores, Budget(0.75, 0)) == [[0, 1, 2], [0, 1, 2], [0, 1, 3]]
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused(bad):
+    scores = np.zeros((2, 4))
+    scores[1, 2] = bad
+    with pytest.raises(ValueError, match="layer 1, head 2 is"):
+        choose_by_scores(scores, Budget(0.5, 1))
+
+
 def test_ranking_takes_the_first_of_equals():
     assert ranked(np.array([[0.0, 1.0], [1.0, -1.0]])) == [(0, 1), (1, 0), (0, 0), (1, 1)]
 

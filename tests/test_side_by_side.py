@@ -28,6 +28,12 @@ def lora(outputs, seed=0):
     return layer
 
 
+def other_bias(outputs):
+    layer = linear(outputs, True, dtype=mx.float16)
+    layer.bias = layer.bias.astype(mx.float32)
+    return layer
+
+
 X = mx.random.normal((2, 3, 64), key=mx.random.key(9))
 
 LAYERS = {
@@ -38,6 +44,11 @@ LAYERS = {
     "plain after quantized": lambda: [quantized(32), quantized(64), linear(5), linear(5)],
     "of many bits": lambda: [quantized(32, 4), quantized(64, 8), quantized(32, 4)],
     "lora among them": lambda: [linear(32), lora(16), linear(8), linear(4)],
+    "a bias of another type": lambda: [
+        linear(8, dtype=mx.float16),
+        other_bias(8),
+        linear(8, dtype=mx.float16),
+    ],
     "of two types": lambda: [linear(8), linear(8, dtype=mx.float16), linear(8)],
 }
 
@@ -64,6 +75,7 @@ def test_it_gives_what_the_layers_give_one_by_one(make):
     apart = together.apart(X, layers)
     assert [x.shape[-1] for x in apart] == [layer(X).shape[-1] for layer in make()]
     assert tiny.distance(mx.concatenate(apart, axis=-1), expected) < 1e-4
+    assert [x.dtype for x in apart] == [layer(X).dtype for layer in make()]
 
 
 @pytest.mark.parametrize(

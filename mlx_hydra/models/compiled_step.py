@@ -14,6 +14,11 @@ from ..ops.backend import kernels_run
 from ..ops.head_attention import takes_arrays
 from .cache import CacheList, full_part, linear_part
 
+# Compiled functions that are kept.
+TRACES = 4
+
+PLAIN = (nn.Linear, nn.QuantizedLinear, nn.RMSNorm, nn.Conv1d)
+
 
 class Position:
     """Where a compiled step's token stands, and what its layers make of that alike.
@@ -26,7 +31,9 @@ class Position:
     """
 
     def __init__(self, offset: mx.array, seen: Optional[mx.array] = None):
-        self.offset, self.seen = offset if seen is None else offset.reshape(()), seen
+        # Without an axis: RoPE would take one for the batch.
+        self.scalar = offset.reshape(())
+        self.offset, self.seen = offset if seen is None else self.scalar, seen
         self._indices: dict[tuple, mx.array] = {}
         self._scales: dict[tuple, mx.array] = {}
 
@@ -65,14 +72,19 @@ class KVBuffers:
 class CompiledStep:
     """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
 
-    An ordinary step has to run first (:meth:`remember`). Weights or modules that are replaced
-    afterwards, or a cache that has grown, are noticed.
+    An ordinary step has to run first (:meth:`remember`). Modules, weights and settings that are
+    assigned anew afterwards, or a cache that has grown, are noticed; a weight that is changed in
+    place, as by ``w *= 2``, is not.
     """
 
     def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
+        """Let go of the layers, whose weights are held as long."""
         self._modules: list[nn.Module] = []
         self._parts: list[Any] = []
-        self._traced: tuple = (None, None)
+        self._traced: dict[tuple, Any] = {}
 
     def __reduce__(self):
         return CompiledStep, ()
@@ -82,7 +94,8 @@ class CompiledStep:
 
         On the CPU MLX would have to build kernels with the machine's compiler, for seconds.
         """
-        if h.shape[1] != 1 or not runs_on_gpu():
+        # What dropout draws would be drawn once.
+        if h.shape[1] != 1 or layers[0].training or not runs_on_gpu():
             return False
         linears = (layer.self_attn.linear for layer in layers if "linear" in layer.self_attn)
         heads = next(linears, None)
@@ -111,18 +124,21 @@ class CompiledStep:
         return offset < room and heads.takes_arrays and by_kernels == kernels_run()
 
     def remembers(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether an ordinary step has run with these very layers and weights."""
+        """Whether an ordinary step has run with these very layers, weights and settings."""
         if not self._modules or not all(map(operator.is_, layers, self._modules)):
             return False
         parts = list(parts_of(self._modules))
         return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
 
+    @property
+    def is_empty(self) -> bool:
+        return not self._modules
+
     def remember(self, layers: Sequence[nn.Module]) -> None:
         self._modules = list(layers)
         for module in self._modules:
             self._modules += [part for part in module.values() if isinstance(part, nn.Module)]
-        self._parts = list(parts_of(self._modules))
-        self._traced = (None, None)
+        self._parts, self._traced = list(parts_of(self._modules)), {}
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
@@ -137,17 +153,19 @@ class CompiledStep:
             )
             if full is not None:
                 offset, room = full.offset, full.keys.shape[2]
-        # mx.compile keeps what it has traced for every shape: a new one as the caches grow.
-        key = h.shape, h.dtype, room, mx.default_stream(mx.default_device())
+        # mx.compile keeps what it has traced for every shape: a few, for sequences that take
+        # turns, and no more as caches grow.
+        key = h.shape, h.dtype, room, str(mx.default_stream(mx.default_device()))
         traced = self._traced
-        if traced[0] != key:
+        if key not in traced:
             # Put down in one piece: another thread may be here, too.
-            self._traced = traced = key, mx.compile(traceable(layers))
+            kept = list(traced.items())[1 - TRACES :]
+            self._traced = traced = dict(kept) | {key: mx.compile(traceable(layers))}
         where = [mx.array([offset])]
         if not kernels_run():
             # Made here, for the number of rows must not stand in a compiled function either.
             where.append((mx.arange(room) <= offset)[None, None, None])
-        h, arrays = traced[1](h, where, arrays)
+        h, arrays = traced[key](h, where, arrays)
         for c, (of_full, of_linear) in zip(cache, arrays):
             full, linear = full_part(c), linear_part(c)
             if full is not None:
@@ -163,8 +181,13 @@ def runs_on_gpu() -> bool:
 
 
 def parts_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
-    """Weights and modules that these hold: every token asks for them, and no Python loop runs."""
-    return chain.from_iterable(map(dict.values, modules))
+    """Weights, modules and settings of these, by no Python loop, as every token asks for them.
+
+    Not the settings of MLX's plain layers, of which there are many, and which do not change.
+    """
+    with_settings = [module for module in modules if type(module) not in PLAIN]
+    settings = chain.from_iterable(map(dict.values, map(vars, with_settings)))
+    return chain(chain.from_iterable(map(dict.values, modules)), settings)
 
 
 def traceable(layers: Sequence[nn.Module]):

@@ -32,7 +32,7 @@ from .cache import (
     padding_mask,
 )
 from .compiled_step import CompiledStep, KVBuffers, runs_on_gpu
-from .side_by_side import SideBySide
+from .side_by_side import SideBySide, is_inside_transformation
 
 # Tokens whose layers keep a GPU busy for longer than Python takes to build the next.
 PREFILL = 256
@@ -127,7 +127,8 @@ class FullAttention(nn.Module):
         if compiled:
             mask = cache.position.seen
         if "rope" in self:
-            q, k = self.rope(q, offset=offset), self.rope(k, offset=offset)
+            where = cache.position.scalar if compiled else offset
+            q, k = self.rope(q, offset=where), self.rope(k, offset=where)
         scale, a = self.scale, self.log_scale_base
         if a is not None:
             if T == 1 and isinstance(offset, int):
@@ -397,6 +398,11 @@ class TransformerBlock(nn.Module):
         gate, up = self._side_by_side.apart(x, [mlp.gate_proj, mlp.up_proj])
         return h + mlp.down_proj(swiglu(gate, up))
 
+    def forget(self) -> None:
+        """Let go of products that stand for several layers."""
+        self._side_by_side.forget()
+        self.self_attn._side_by_side.forget()
+
 
 class HydraHeadModel(nn.Module):
     def __init__(self, args: ModelArgs):
@@ -416,8 +422,14 @@ class HydraHeadModel(nn.Module):
         if cache is None:
             cache = [None] * len(self.layers)
         compiles = self._compiled_step.takes(self.layers, h, cache)
-        if compiles and self._compiled_step.remembers(self.layers):
+        remembers = self._compiled_step.remembers(self.layers)
+        if remembers and compiles:
             return self.norm(self._compiled_step(self.layers, h, cache))
+        if self.training or not (remembers or self._compiled_step.is_empty):
+            # The weights are others, or will be soon: these would be held beside them.
+            self._compiled_step.forget()
+            for layer in self.layers:
+                layer.forget()
 
         # Linear layers keep no offset: all layers take it from the first that caches keys.
         first_full = next((c for c in map(full_part, cache) if c is not None), None)
@@ -444,7 +456,7 @@ def begin(h: mx.array) -> None:
         mx.async_eval(h)
     except ValueError as error:
         # Inside mx.compile or mx.grad there is nothing to run yet.
-        if "graph transformation" not in str(error):
+        if not is_inside_transformation(error):
             raise
 
 

@@ -15,12 +15,16 @@ class SideBySide:
     """Runs linear layers of one input together, as each product costs a start, and small ones more.
 
     Neighbours of one kind are joined: their weights become slices of one array, so that nothing
-    is held twice, and they remain the layers they were. Once a layer's weights have been replaced
-    they are joined anew. What cannot be joined, such as LoRA layers, runs by itself. A joined
-    product has no gradient for the layers' own weights.
+    is held twice, and they remain the layers they were. Once a layer's weights have been assigned
+    anew they are joined anew; a change in place, as by ``w *= 2``, is not noticed. What cannot be
+    joined, such as LoRA layers, runs by itself, and so does all inside mx.compile or mx.grad where
+    the weights are arguments. A joined product has no gradient for the layers' own weights.
     """
 
     def __init__(self):
+        self.forget()
+
+    def forget(self) -> None:
         self._parts, self._joined = [], []
 
     def __call__(self, x: mx.array, layers: Sequence[nn.Module]) -> mx.array:
@@ -46,7 +50,9 @@ class SideBySide:
         """Pairs of a layer and where in its output those that it stands for end."""
         parts = [part for layer in layers for part in layer.values()]
         if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts)):
-            self._joined = []
+            self.forget()
+            if not _can_eval(parts):
+                return [(layer, [None]) for layer in layers]
             for kind, group in ((kind, list(group)) for kind, group in groupby(layers, _kind)):
                 if kind is None:
                     self._joined += [(layer, [None]) for layer in group]
@@ -56,14 +62,32 @@ class SideBySide:
         return self._joined
 
 
+def is_inside_transformation(error: ValueError) -> bool:
+    """Whether MLX refused to evaluate what mx.compile or mx.grad is only looking at."""
+    return "transformation" in str(error)
+
+
+def _can_eval(parts):
+    try:
+        mx.eval(parts)
+    except ValueError as error:
+        if not is_inside_transformation(error):
+            raise
+        return False
+    return True
+
+
 def _kind(layer):
     """What layers have in common that can be joined; None for no such layer."""
     if type(layer) is nn.Linear:
-        return nn.Linear, layer.weight.dtype
-    if type(layer) is nn.QuantizedLinear:
-        settings = layer.group_size, layer.bits, getattr(layer, "mode", "affine")
-        return nn.QuantizedLinear, layer.scales.dtype, *settings
-    return None
+        kind, dtype = (nn.Linear,), layer.weight.dtype
+    elif type(layer) is nn.QuantizedLinear:
+        dtype = layer.scales.dtype
+        kind = nn.QuantizedLinear, layer.group_size, layer.bits, getattr(layer, "mode", "affine")
+    else:
+        return None
+    # A bias of another type would have all outputs in its own.
+    return None if "bias" in layer and layer.bias.dtype != dtype else (*kind, dtype)
 
 
 def _ends(layers):

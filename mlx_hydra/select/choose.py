@@ -48,9 +48,16 @@ def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
         scores: ``[L, H]``.
 
     Raises:
-        ValueError: the ratio leaves fewer heads than the layers must have, or is out of range.
+        ValueError: the ratio leaves fewer heads than the layers must have, or is out of range; a
+            score is not finite.
     """
     L, H = scores.shape
+    if (bad := np.argwhere(~np.isfinite(scores))).size:
+        layer, head = bad[0]
+        raise ValueError(
+            f"The score of layer {layer}, head {head} is {scores[layer, head]}: expected finite "
+            "numbers; score the heads again."
+        )
     in_layer, least = budget.units(H)
     total = L * in_layer
     count = max(1, round(budget.ratio * total))
