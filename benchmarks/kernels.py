@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_hydra import kernels
-from mlx_hydra.models.hydrahead import rotation_of
+from mlx_hydra.models.positions import rotation_of
 from mlx_hydra.ops import fuse_heads, gated_delta, head_attention
 from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
 from mlx_hydra.ops.gated_delta_step import Weights

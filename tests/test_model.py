@@ -15,7 +15,8 @@ from mlx_lm.utils import quantize_model
 
 from mlx_hydra.models import hydrahead
 from mlx_hydra.models.cache import linear_part, padding_mask
-from mlx_hydra.models.hydrahead import Model, ModelArgs, TransformerBlock, rotation_of
+from mlx_hydra.models.hydrahead import Model, ModelArgs, TransformerBlock
+from mlx_hydra.models.positions import rotation_of
 
 FULL = {"rope": False, "log_scale_base": 16, "gate": True}
 LINEAR = {"kind": "gated_delta", "conv_kernel_size": 4, "rope": True, "gate": True}

@@ -4,24 +4,21 @@ An attention layer holds two kinds of heads: a few keep causal softmax attention
 Gated DeltaNet heads (arXiv 2412.06464). docs/architecture.md tells which choices are the paper's.
 """
 
-import functools
 import math
 from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.qwen3 import MLP
-from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import LayerHeads, ModelArgs
 from ..ops import gated_delta, head_attention
 from ..ops.backend import kernels_run
 from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
-from ..ops.gated_delta_step import Rotation, Weights, gated_delta_step, step_backend
+from ..ops.gated_delta_step import Weights, gated_delta_step, step_backend
 from .cache import (
     CONV,
     RECURRENT,
@@ -32,6 +29,7 @@ from .cache import (
     padding_mask,
 )
 from .compiled_step import CompiledStep, KVBuffers, runs_on_gpu
+from .positions import log_scales, rope_for, rotation_of
 from .side_by_side import SideBySide, is_inside_transformation
 
 # Tokens whose layers keep a GPU busy for longer than Python takes to build the next.
@@ -46,35 +44,6 @@ def may_quantize(path: str) -> bool:
 def may_cast(path: str) -> bool:
     """Whether a parameter may leave float32: not the decay's own, and not gamma."""
     return not path.endswith(("A_log", "dt_bias", "gamma"))
-
-
-def rope_for(args: ModelArgs) -> nn.Module:
-    try:
-        return initialize_rope(
-            args.head_dim,
-            base=args.rope_theta,
-            traditional=False,
-            scaling_config=args.rope_scaling,
-            max_position_embeddings=args.max_position_embeddings,
-        )
-    except KeyError as error:
-        raise ValueError(f"rope_scaling={args.rope_scaling!r}: {error} is missing.") from error
-
-
-def rotation_of(rope: nn.Module, dim: int) -> Optional[Rotation]:
-    """What a RoPE module does, for the kernels; None if that depends on the length."""
-    if isinstance(rope, nn.RoPE):
-        factor = 1.0
-        frequencies = rope.scale * rope.base ** -(mx.arange(0, dim, 2, dtype=mx.float32) / dim)
-    elif (periods := getattr(rope, "_freqs", None)) is not None:
-        # YaRN's factor, or LongRoPE's.
-        factor = getattr(rope, "mscale", getattr(rope, "_scale", 1.0))
-        frequencies = 1 / periods
-    else:
-        return None
-    # It is no parameter, which loading would evaluate, and no other thread could do so later.
-    mx.eval(frequencies)
-    return Rotation(frequencies, factor)
 
 
 class FullAttention(nn.Module):
@@ -185,13 +154,6 @@ def heads_first(x: mx.array, T: int) -> mx.array:
     Nothing is to be done for one: views start no kernel, but the host handles each.
     """
     return x if T == 1 else x.transpose(0, 2, 1, 3)
-
-
-@functools.lru_cache(maxsize=1)
-def log_scales(start: int, count: int, base: float) -> mx.array:
-    """The same at these positions, float32 ``[count, 1]``: one array for all layers of a step."""
-    scales = np.log(np.arange(start, start + count) + base) / math.log(base)
-    return mx.array(scales[:, None].astype(np.float32))
 
 
 class LinearAttention(nn.Module):
