@@ -9,6 +9,7 @@ import chain
 import mlx.core as mx
 import prepare
 import pytest
+import receivers
 import run
 import table
 import texts
@@ -25,6 +26,7 @@ RECIPE = {
         "no-norm": {"config": {"fusion": {"norm": False}}, "calibrate": False},
         "free-layers": {"min_per_layer": 0},
         "no-stage-1": {"without_stage_1": True},
+        "receivers": {"receivers_alone": True},
     },
     "select": {"context": 200, "pairs": 6},
     "distill": {
@@ -66,9 +68,9 @@ def test_the_first_seed_of_everything_comes_before_the_others(tmp_path):
     whole = [
         (j.about["seed"], j.about["ablation"]) for j in jobs if j.name != "teacher" and j.about
     ]
-    assert len(whole) == 5 * 2 * 3 + 3
-    assert [seed for seed, _ in whole] == [0] * 13 + [1, 1, 1, 1, 1, 2, 2, 2, 2, 2] * 2
-    assert [a for _, a in whole[5:8]] == ["no-norm", "free-layers", "no-stage-1"]
+    assert len(whole) == 5 * 2 * 3 + 4
+    assert [seed for seed, _ in whole] == [0] * 14 + [1, 1, 1, 1, 1, 2, 2, 2, 2, 2] * 2
+    assert [a for _, a in whole[5:9]] == list(RECIPE["ablations"])
 
 
 def test_random_heads_follow_the_seed_and_measured_ones_do_not(tmp_path):
@@ -96,8 +98,23 @@ def test_ablations_change_one_thing(tmp_path):
     assert "--min-per-layer 0" in words["free-layers"] and "--min-per" not in words["whole"]
     assert '"norm": false' in words["no-norm"] and "--calibrate" not in words["no-norm"]
     assert "--calibrate" in words["whole"] and "change_config" not in words["whole"]
+    assert "causal/heads.json" in words["whole"] and "receivers-0/scores.json" in words["receivers"]
     stages = plan._config(jobs["causal-0.25-no-stage-1-0"].about)["stages"]
     assert [(s["objective"], s["tokens"]) for s in stages] == [("logits", 640), ("next_token", 320)]
+
+
+def test_receivers_are_scored_by_themselves(tmp_path):
+    # Of the first capability a head is the largest receiver, of the second one is under the
+    # threshold; another sends.
+    capabilities = {
+        "single": {"receiver": [[0.4, 0.2], [0.0, 0.0]], "sender": [[0.0, 0.0], [0.0, 0.9]]},
+        "multi_key": {"receiver": [[0.5, 0.0], [0.009, 0.0]], "sender": [[0.0, 0.0], [0.0, 0.9]]},
+    }
+    source, out = tmp_path / "heads.json", tmp_path / "scores.json"
+    source.write_text(json.dumps({"method": "causal", "capabilities": capabilities}))
+    receivers.main([str(source), str(out)])
+    assert json.loads(out.read_text())["scores"] == [[1.0, 0.25], [0.0, 0.0]]
+    assert json.loads(out.read_text())["method"] == "causal"
 
 
 def test_chosen_jobs_bring_what_they_need(tmp_path):

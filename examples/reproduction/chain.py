@@ -30,6 +30,7 @@ COMMANDS = {
     "prepare.py": "prepare",
     "evaluate.py": "evaluate",
     "change_config.py": "change_config",
+    "receivers.py": "receivers",
 }
 SEED = 0
 # How a command exits that was interrupted.

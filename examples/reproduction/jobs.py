@@ -95,10 +95,14 @@ class Plan:
         heads, student, run = folder / "heads.json", folder / "student", folder / "run"
 
         select = ["--model", self.teacher, "--full-ratio", ratio, "-o", heads]
-        needs = ("data",)
+        needs, commands = ("data",), []
         if method in MEASURED:
-            needs = ("data", f"scores-{method}")
-            select += ["--scores", self._scores_file(method)]
+            needs, scores = ("data", f"scores-{method}"), self._scores_file(method)
+            if change.get("receivers_alone"):
+                scores = folder / "scores.json"
+                arguments = [self._scores_file(method), scores]
+                commands = [command("receivers.py", *arguments, makes=scores)]
+            select += ["--scores", scores]
         else:
             # The seed of what is random; the others do not heed it.
             select += ["--method", method, "--seed", seed]
@@ -107,7 +111,7 @@ class Plan:
         convert = ["--hf-path", self.teacher, "--mlx-path", student, "--heads", heads]
         if change.get("calibrate", True):
             convert += ["--calibrate", self.shared / "calibration.txt"]
-        commands = [
+        commands += [
             command("mlx_hydra.select", *select, makes=heads),
             command("mlx_hydra.convert", *convert, makes=student),
         ]
