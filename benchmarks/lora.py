@@ -76,19 +76,24 @@ def train(model: Path, data: Path, backend: str, args) -> dict:
         "seed": 0,
     }
     flags = [str(part) for name, value in options.items() for part in (f"--{name}", value)]
-    child = subprocess.run(
-        [sys.executable, "-c", COMMAND, "--train", "--grad-checkpoint", *flags]
-        + (["--trust-remote-code"] if ASKS_FOR_TRUST else []),
+    command = [sys.executable, "-u", "-c", COMMAND, "--train", "--grad-checkpoint", *flags]
+    with subprocess.Popen(
+        command + (["--trust-remote-code"] if ASKS_FOR_TRUST else []),
         env={**os.environ, "MLX_HYDRA_BACKEND": backend, "COLUMNS": "160"},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-    )
-    printed = re.sub(r"\x1b\[[\d;]*m", "", child.stdout)
+    ) as child:
+        lines = []
+        for line in child.stdout:
+            lines.append(re.sub(r"\x1b\[[\d;]*m", "", line))
+            print(f"{backend}: {lines[-1]}", end="", flush=True)
+    printed = "".join(lines)
     losses = [float(loss) for _, loss in ROW.findall(printed)]
     if child.returncode or not losses:
-        return {"backend": backend, "failed": (printed + child.stderr)[-1500:]}
+        return {"backend": backend, "failed": printed[-1500:]}
     peak = int(re.search(r"^peak_bytes (\d+)", printed, re.MULTILINE)[1])
-    return {"backend": backend, "losses": losses, "peak_bytes": peak, "printed": printed[-2500:]}
+    return {"backend": backend, "losses": losses, "peak_bytes": peak}
 
 
 def main() -> None:
@@ -114,7 +119,6 @@ def main() -> None:
         runs, backends = [], list(dict.fromkeys((kernels.gpu_backend() or "ops", "ops")))
         with ThreadPoolExecutor(len(backends) if args.at_once else 1) as pool:
             for run in pool.map(lambda backend: train(model, data, backend, args), backends):
-                print(run.pop("printed", ""), flush=True)
                 print(json.dumps(run), flush=True)
                 runs.append(run)
                 about = {name: getattr(args, name) for name in ("size", "tokens", "at_once")}

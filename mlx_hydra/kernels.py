@@ -31,7 +31,7 @@ def _has_tensor_cores() -> bool:
     return int(mx.device_info().get("compute_capability_major", 8)) >= 8
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Kernel:
     """One file of metal/: the body of a kernel, and what MLX needs to build its signature.
 

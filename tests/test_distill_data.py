@@ -122,6 +122,23 @@ def test_tokens_are_made_once(tmp_path, tokenizer, monkeypatch):
     assert set((tmp_path / "data").iterdir()) == others
 
 
+def test_two_runs_make_the_same_tokens_at_once(tmp_path, tokenizer, monkeypatch):
+    text = tmp_path / "a.txt"
+    text.write_text("w1 w2 w3")
+    known = tmp_path / "data", [Source(str(text))], tokenizer, VOCABULARY, 100, "x"
+
+    def meanwhile(*arguments):
+        monkeypatch.undo()
+        path = tokens_file(*known)
+        assert np.fromfile(path, DTYPE).tolist() == [7, 8, 9, 1]
+        yield from tokenise(*arguments)
+
+    monkeypatch.setattr(data, "tokenise", meanwhile)
+    path = tokens_file(*known)
+    assert np.fromfile(path, DTYPE).tolist() == [7, 8, 9, 1]
+    assert list((tmp_path / "data").iterdir()) == [path]
+
+
 def test_a_disk_that_fills_up_leaves_no_tokens(tmp_path, tokenizer, monkeypatch):
     text = tmp_path / "a.txt"
     text.write_text("w1 w2 w3")

@@ -5,6 +5,7 @@ import functools
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -146,13 +147,13 @@ def tokens_file(
     vocab_size: int,
     limit: int,
     fingerprint: str,
-    process: int = 0,
 ) -> Path:
     """A file with at most ``limit`` tokens of the sources, uint32; made only where it is not there.
 
+    Several programs may be at it at once, also on machines that share the folder.
+
     Args:
         fingerprint: what tells the tokenizer from others.
-        process: the number of this one, of those that may be at it at once.
 
     Raises:
         ValueError: text that cannot be read or is too little.
@@ -162,7 +163,7 @@ def tokens_file(
     if path.exists():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{path.name}-{process}"
+    partial = folder / f".{path.name}-{uuid.uuid4().hex}"
     try:
         with open(partial, "wb") as file:
             for tokens in tokenise(sources, tokenizer, vocab_size, limit):

@@ -148,7 +148,6 @@ class Run:
                     self.student.args.vocab_size,
                     limit,
                     self.student.fingerprint,
-                    self.processes.rank,
                 )
             self.processes.wait()
         sequences = Sequences(path, stage.length, self.config.seed + number)

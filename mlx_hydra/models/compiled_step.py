@@ -155,14 +155,15 @@ class CompiledStep:
                 offset, room = full.offset, full.keys.shape[2]
         # mx.compile keeps what it has traced for every shape: a few, for sequences that take
         # turns, and no more as caches grow.
-        key = h.shape, h.dtype, room, str(mx.default_stream(mx.default_device()))
+        by_kernels = kernels_run()
+        key = h.shape, h.dtype, room, by_kernels, str(mx.default_stream(mx.default_device()))
         traced = self._traced
         if key not in traced:
             # Put down in one piece: another thread may be here, too.
             kept = list(traced.items())[1 - TRACES :]
             self._traced = traced = dict(kept) | {key: mx.compile(traceable(layers))}
         where = [mx.array([offset])]
-        if not kernels_run():
+        if not by_kernels:
             # Made here, for the number of rows must not stand in a compiled function either.
             where.append((mx.arange(room) <= offset)[None, None, None])
         h, arrays = traced[key](h, where, arrays)

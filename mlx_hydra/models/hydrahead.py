@@ -18,7 +18,7 @@ from ..ops import gated_delta, head_attention
 from ..ops.backend import kernels_run
 from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
-from ..ops.gated_delta_step import Weights, gated_delta_step, step_backend
+from ..ops.gated_delta_step import MOST_TOKENS, Weights, gated_delta_step, step_backend
 from .cache import (
     CONV,
     RECURRENT,
@@ -32,8 +32,9 @@ from .compiled_step import CompiledStep, KVBuffers, runs_on_gpu
 from .positions import log_scales, rope_for, rotation_of
 from .side_by_side import SideBySide, is_inside_transformation
 
-# Tokens whose layers keep a GPU busy for longer than Python takes to build the next.
-PREFILL = 256
+# Tokens whose layers keep a GPU busy for longer than Python takes to build the next; and every
+# how many layers the GPU is told to begin, which costs the host as much as a tenth of a layer.
+PREFILL, LAYERS_AT_ONCE = 256, 4
 
 
 def may_quantize(path: str) -> bool:
@@ -286,7 +287,9 @@ class Attention(nn.Module):
 
     def step_backend(self, x, cache) -> str:
         """What runs the fused step on the next tokens; ``"ops"`` where each part runs by itself."""
-        return self.linear.step_backend(x, linear_part(cache)) if "linear" in self else "ops"
+        if tokens_of(x) > MOST_TOKENS or "linear" not in self:
+            return "ops"
+        return self.linear.step_backend(x, linear_part(cache))
 
     def fused_heads(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         """What o_proj reads: head outputs ``[B, T, H * D]``, full heads first.
@@ -402,10 +405,10 @@ class HydraHeadModel(nn.Module):
         linear_mask = padding_mask(first_linear, h.shape[1])
 
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
-        for layer, c in zip(self.layers, cache):
+        for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset)
             # Not the last: of most steps of a prefill its output is not asked for.
-            if prefills and layer is not self.layers[-1]:
+            if prefills and i % LAYERS_AT_ONCE == 0 and layer is not self.layers[-1]:
                 begin(h)
         if compiles:
             self._compiled_step.remember(self.layers)
