@@ -131,7 +131,7 @@ def make_tokens(task: tuple[str, str, int, str]) -> None:
     # The students carry the teacher's tokenizer.
     fingerprint = Student(None, CheckpointReader(Path(teacher)), tokenizer).fingerprint
     source = Source(file=data)
-    tokens_file(Path(folder), [source], tokenizer, config["vocab_size"], limit, fingerprint, limit)
+    tokens_file(Path(folder), [source], tokenizer, config["vocab_size"], limit, fingerprint)
 
 
 def without_first(stages: list[dict]) -> list[dict]:
