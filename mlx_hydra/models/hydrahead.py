@@ -34,7 +34,7 @@ from .side_by_side import SideBySide, is_inside_transformation
 
 # Tokens whose layers keep a GPU busy for longer than Python takes to build the next; and every
 # how many layers the GPU is told to begin, which costs the host as much as a tenth of a layer.
-PREFILL, LAYERS_AT_ONCE = 256, 4
+PREFILL, LAYERS_AT_ONCE = 256, 2
 
 
 def may_quantize(path: str) -> bool:
