@@ -275,6 +275,27 @@ def test_new_settings_are_taken_up(compiled_ops):
     assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
 
 
+class Scaled(nn.Module):
+    def __init__(self, size):
+        super().__init__()
+        self.factor = mx.ones(size)
+
+    def __call__(self, x):
+        return self.factor * x
+
+
+def test_layers_with_modules_in_lists_are_not_compiled(compiled_ops):
+    model, tokens = tiny.model(**SIZES), tiny.tokens(3)
+    for layer in model.layers:
+        layer.mlp.down_proj = nn.Sequential(layer.mlp.down_proj, Scaled(32))
+    for factor in (1.0, 3.0):
+        for layer in model.layers:
+            layer.mlp.down_proj.layers[1].factor = mx.full(32, factor)
+        expected = read(model, tokens, begun(model), one_by_one=False)
+        assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+    assert not compiled_ops
+
+
 def test_dropout_is_not_compiled(compiled_ops):
     model, tokens = with_lora(tiny.model(**SIZES), dropout=0.5), tiny.tokens(3)
     expected = read(model, tokens, begun(model), one_by_one=False)

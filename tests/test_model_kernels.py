@@ -165,6 +165,18 @@ def test_half_precision(dtype, tolerance, steps, kernel_backend, monkeypatch):
     assert error < tolerance * np.array(expected).std()
 
 
+def test_convolutions_of_several_types_run_part_by_part(steps, kernel_backend, monkeypatch):
+    model, inputs = tiny.model(**SIZES), tiny.tokens(10)
+    for layer in model.layers:
+        if "linear" in layer.self_attn:
+            conv = layer.self_attn.linear.q_conv1d
+            conv.weight = conv.weight.astype(mx.float16)
+    expected, _ = on_ops(monkeypatch, rounds, model, inputs, model.make_cache(), (8, 1, 1))
+    found, _ = rounds(model, inputs, model.make_cache(), (8, 1, 1))
+    assert tiny.distance(found, expected) < 1e-4
+    assert not steps
+
+
 def test_quantized_weights_and_lora_decode_through_the_step(steps, kernel_backend, monkeypatch):
     sizes = {**SIZES, "hidden_size": 64, "intermediate_size": 64}
     inputs = tiny.tokens(9)

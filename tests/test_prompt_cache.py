@@ -1,6 +1,7 @@
 """The prompt cache: what comes back is what was saved, and only for what it was made from."""
 
 import json
+import re
 import resource
 import signal
 from pathlib import Path
@@ -91,6 +92,39 @@ def test_a_flipped_bit_is_found(saved):
         load_cache(saved, ORIGIN)
 
 
+def test_a_flipped_bit_of_a_number_is_found(model, tmp_path):
+    path, origin = tmp_path / "report.safetensors", Origin(TOKENS, "a model", 8)
+    save_cache(path, digested(model, 8), origin)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    # mlx-lm before 0.32 keeps them as text, in the header.
+    numbers = [e["data_offsets"] for e in header.values() if e.get("shape") == []]
+    texts = [(m.start(), m.end()) for m in re.finditer(rb'"40"', data[8 : 8 + size])]
+    places = [8 + size + start for start, _ in numbers] + [8 + end - 2 for _, end in texts]
+    assert places
+    for place in places:
+        changed = bytearray(data)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match="damaged: its checksum does not fit"):
+            load_cache(path, origin)
+
+
+def test_two_runs_save_to_the_same_file(model, saved, monkeypatch):
+    read_header = prompt_cache.read_header
+
+    def meanwhile(path):
+        monkeypatch.undo()
+        save_cache(saved, digested(model), ORIGIN)
+        return read_header(path)
+
+    monkeypatch.setattr(prompt_cache, "read_header", meanwhile)
+    save_cache(saved, digested(model), ORIGIN)
+    load_cache(saved, ORIGIN)
+    assert [p.name for p in saved.parent.iterdir()] == [saved.name]
+
+
 def test_other_files_are_refused(model, tmp_path, saved, monkeypatch):
     weights = tmp_path / "weights.safetensors"
     mx.save_safetensors(str(weights), dict(tree_flatten(model.parameters())))
@@ -99,8 +133,8 @@ def test_other_files_are_refused(model, tmp_path, saved, monkeypatch):
     for path in (weights, foreign):
         with pytest.raises(ValueError, match="not a prompt cache of mlx_hydra"):
             load_cache(path, ORIGIN)
-    monkeypatch.setattr(prompt_cache, "FORMAT", "mlx_hydra 2")
-    with pytest.raises(ValueError, match="has the format 'mlx_hydra 1'"):
+    monkeypatch.setattr(prompt_cache, "FORMAT", "mlx_hydra 3")
+    with pytest.raises(ValueError, match="has the format 'mlx_hydra 2'"):
         load_cache(saved, ORIGIN)
 
 

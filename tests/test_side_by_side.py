@@ -1,3 +1,6 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
@@ -116,9 +119,35 @@ def test_weights_that_were_replaced_are_taken_up():
 def test_weights_that_stay_are_joined_once(monkeypatch):
     layers, together = LAYERS["plain"](), SideBySide()
     together(X, layers)
-    joined = together._joined
+    known = together._known
     together(X, layers)
-    assert together._joined is joined
+    assert together._known is known
+
+
+def test_two_threads_join_the_same_layers_once(monkeypatch):
+    layers, together = LAYERS["plain after quantized"](), SideBySide()
+    expected = separately(layers)
+    mx.eval(expected)
+    join, joins, both = side_by_side._join, [], threading.Event()
+
+    def slow(group):
+        # Long enough for the other thread to come here, if it may.
+        both.wait(0.5) if not joins else both.set()
+        joins.append(group)
+        return join(group)
+
+    monkeypatch.setattr(side_by_side, "_join", slow)
+
+    def run(_):
+        with mx.stream(mx.cpu):
+            found = together(X, layers)[..., : width_of(layers)]
+            mx.eval(found)
+            return tiny.distance(found, expected)
+
+    with ThreadPoolExecutor(2) as threads:
+        assert max(threads.map(run, range(2))) < 1e-4
+    assert len(joins) == 2
+    assert run(None) < 1e-4
 
 
 def nodes_of(function, x):

@@ -7,6 +7,7 @@ serves exactly the document that it was made from, not one that merely starts al
 
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from mlx_lm.models.cache import load_prompt_cache, save_prompt_cache
 
 from ..checkpoints.reader import read_header
 
-FORMAT = "mlx_hydra 1"
+FORMAT = "mlx_hydra 2"
 SUFFIX = ".safetensors"
 
 
@@ -67,7 +68,8 @@ def save_cache(path: Path, cache: list[Any], origin: Origin) -> None:
         "kv_bits": json.dumps(origin.kv_bits),
         "checksum": _checksum(cache),
     }
-    partial = path.with_name(f".{path.stem}.partial{SUFFIX}")
+    # Not the name of another run that saves to the same file.
+    partial = path.with_name(f".{path.stem}-{uuid.uuid4().hex}{SUFFIX}")
     try:
         save_prompt_cache(str(partial), cache, metadata)
         read_header(partial)
@@ -123,7 +125,10 @@ def _check_tokens(where: str, saved: list[int], tokens: list[int]) -> None:
 
 def _checksum(cache: list[Any]) -> str:
     value = 0
-    for _, part in tree_flatten([c.state for c in cache]):
-        if isinstance(part, mx.array) and part.size:
+    for name, part in tree_flatten([(c.state, getattr(c, "meta_state", None)) for c in cache]):
+        value = zlib.crc32(name.encode(), value)
+        if not isinstance(part, mx.array):
+            value = zlib.crc32(repr(part).encode(), value)
+        elif part.size:
             value = zlib.crc32(memoryview(mx.contiguous(part).reshape(-1).view(mx.uint8)), value)
     return f"{value:08x}"

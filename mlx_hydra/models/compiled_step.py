@@ -8,6 +8,7 @@ from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache
 
 from ..ops.backend import kernels_run
@@ -82,8 +83,8 @@ class CompiledStep:
 
     def forget(self) -> None:
         """Let go of the layers, whose weights are held as long."""
-        self._modules: list[nn.Module] = []
-        self._parts: list[Any] = []
+        # Modules, and their weights and settings. One tuple: another thread may be reading.
+        self._known: tuple[list[nn.Module], list[Any]] = [], []
         self._traced: dict[tuple, Any] = {}
 
     def __reduce__(self):
@@ -125,20 +126,27 @@ class CompiledStep:
 
     def remembers(self, layers: Sequence[nn.Module]) -> bool:
         """Whether an ordinary step has run with these very layers, weights and settings."""
-        if not self._modules or not all(map(operator.is_, layers, self._modules)):
+        modules, known = self._known
+        if not modules or not all(map(operator.is_, layers, modules)):
             return False
-        parts = list(parts_of(self._modules))
-        return len(parts) == len(self._parts) and all(map(operator.is_, parts, self._parts))
+        parts = list(parts_of(modules))
+        return len(parts) == len(known) and all(map(operator.is_, parts, known))
 
     @property
     def is_empty(self) -> bool:
-        return not self._modules
+        return not self._known[0]
 
     def remember(self, layers: Sequence[nn.Module]) -> None:
-        self._modules = list(layers)
-        for module in self._modules:
-            self._modules += [part for part in module.values() if isinstance(part, nn.Module)]
-        self._parts, self._traced = list(parts_of(self._modules)), {}
+        """Take these layers for what is compiled next; none with weights in lists."""
+        modules = list(layers)
+        for module in modules:
+            modules += [part for part in module.values() if isinstance(part, nn.Module)]
+        parts = list(parts_of(modules))
+        self.forget()
+        # What is put into a list, or taken out, is not noticed.
+        lists = [part for part in parts if type(part) in (list, tuple, dict)]
+        if not any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(lists)):
+            self._known = modules, parts
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""

@@ -217,6 +217,8 @@ class LinearAttention(nn.Module):
         """What runs :meth:`step` on the next tokens; ``"ops"`` where nothing does."""
         if cache is None or cache.lengths is not None or not self.takes_arrays:
             return "ops"
+        if self.taps and len({w.dtype for w in self.weights.convolution}) > 1:
+            return "ops"
         return step_backend(x.dtype, tokens_of(x), self.head_dim, self.taps)
 
     @property

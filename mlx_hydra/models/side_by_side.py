@@ -1,6 +1,8 @@
 """Several linear layers of one input as one product."""
 
 import copy
+import operator
+import threading
 from collections.abc import Sequence
 from itertools import accumulate, groupby
 from typing import Optional
@@ -9,6 +11,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from .. import kernels
+
+# Two threads that join the same layers would each take the other's half-made weights for new ones.
+_JOINING = threading.Lock()
 
 
 class SideBySide:
@@ -25,7 +30,9 @@ class SideBySide:
         self.forget()
 
     def forget(self) -> None:
-        self._parts, self._joined = [], []
+        """Let go of the joined products, whose weights are held as long."""
+        # Of the layers' weights, and the products. One tuple: another thread may be reading.
+        self._known = (), ()
 
     def __call__(self, x: mx.array, layers: Sequence[nn.Module]) -> mx.array:
         """The layers' outputs for ``x [..., dim]``, one after the other on the last axis.
@@ -48,18 +55,32 @@ class SideBySide:
 
     def _products(self, layers):
         """Pairs of a layer and where in its output those that it stands for end."""
-        parts = [part for layer in layers for part in layer.values()]
-        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts)):
+        known, products = self._known
+        if _are(parts := _parts(layers), known):
+            return products
+        with _JOINING:
+            known, products = self._known
+            if _are(parts := _parts(layers), known):
+                return products
             self.forget()
             if not _can_eval(parts):
                 return [(layer, [None]) for layer in layers]
+            products = []
             for kind, group in ((kind, list(group)) for kind, group in groupby(layers, _kind)):
                 if kind is None:
-                    self._joined += [(layer, [None]) for layer in group]
+                    products += [(layer, [None]) for layer in group]
                 else:
-                    self._joined.append((_join(group), _ends(group)))
-            self._parts = [part for layer in layers for part in layer.values()]
-        return self._joined
+                    products.append((_join(group), _ends(group)))
+            self._known = _parts(layers), products
+        return products
+
+
+def _parts(layers):
+    return [part for layer in layers for part in layer.values()]
+
+
+def _are(parts, known):
+    return len(parts) == len(known) and all(map(operator.is_, parts, known))
 
 
 def is_inside_transformation(error: ValueError) -> bool:
