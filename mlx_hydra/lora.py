@@ -2,8 +2,6 @@
 
 import difflib
 import hashlib
-import importlib.util
-import json
 import re
 import sys
 from argparse import Namespace
@@ -26,6 +24,7 @@ from .checkpoints.reader import read_header
 from .cli import ArgumentParser, as_option, command
 from .config import MODEL_TYPE, ModelArgs, expect
 from .loading import find_model, load, read_config
+from .lora_data import check_data
 
 # The projections of the linear heads, by their names in a layer, which are mlx-lm's keys.
 KEYS = tuple(f"self_attn.linear.{part}_proj" for part in "qkvabg")
@@ -161,71 +160,6 @@ def check_model(config: dict, path: Path, args: Namespace) -> None:
         raise ValueError(
             f"{path} has no linear heads in its last {len(trained)} of {layers} layers: {where}."
         )
-
-
-def check_data(args: Namespace) -> None:
-    """Raise a ValueError unless mlx-lm can train or test on ``--data``."""
-    datasets = importlib.util.find_spec("datasets") is not None
-    if getattr(args, "hf_dataset", None):
-        if not datasets:
-            raise ValueError("hf_dataset: the package datasets is missing (pip install datasets).")
-        return
-    if args.data is None:
-        raise ValueError("--data is missing: expected a folder with train.jsonl.")
-    folder = Path(args.data)
-    if not folder.exists():
-        if datasets and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", args.data):
-            return
-        hint = "" if datasets else "; for data sets of the hub the package datasets is missing"
-        raise ValueError(f"--data {args.data}: no such folder{hint}.")
-    for name, needed in (("train", args.train), ("valid", False), ("test", args.test)):
-        file = folder / f"{name}.jsonl"
-        if file.is_file():
-            count = count_examples(file, args)
-            used = args.test if name == "test" else args.train
-            if used and count < args.batch_size:
-                raise ValueError(
-                    f"{file}: {count} examples are less than a batch (--batch-size "
-                    f"{args.batch_size})."
-                )
-        elif needed:
-            raise ValueError(f"--data {args.data}: expected a folder with {name}.jsonl in it.")
-
-
-def count_examples(file: Path, args: Namespace) -> int:
-    """The examples in a JSONL file, all of the one form that mlx-lm takes them to be."""
-    names = {
-        part: getattr(args, f"{part}_feature", default)
-        for part, default in (
-            ("prompt", "prompt"),
-            ("completion", "completion"),
-            ("chat", "messages"),
-            ("text", "text"),
-        )
-    }
-    forms = ([names["prompt"], names["completion"]], [names["chat"]], [names["text"]])
-    form, count = None, 0
-    try:
-        with open(file, encoding="utf-8") as lines:
-            for line in lines:
-                count += 1
-                example = json.loads(line)
-                if not isinstance(example, dict):
-                    raise ValueError("expected an object")
-                form = form or next((f for f in forms if all(n in example for n in f)), None)
-                if form is None:
-                    wanted = "; or ".join(" and ".join(f) for f in forms)
-                    raise ValueError(f"expected the fields {wanted}")
-                for name in form:
-                    if not example.get(name):
-                        raise ValueError(f"{name!r} is missing or empty")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text ({error.reason}).") from error
-    except ValueError as error:
-        raise ValueError(f"{file}, line {count}: {error}.") from error
-    if not count:
-        raise ValueError(f"{file} is empty.")
-    return count
 
 
 def check_resumed(args: Namespace) -> None:

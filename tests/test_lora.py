@@ -361,23 +361,6 @@ def test_wrong_settings_are_told_in_a_line(place, capsys, tmp_path, text, messag
     assert message in refusal(capsys, *options, "-c", tmp_path / "s.yaml")
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"", "train.jsonl is empty"),
-        (b'{"text": "w1"}\n\n', "train.jsonl, line 2: Expecting value"),
-        (b'{"text": "w1"}\n{"test": "w1"}\n', "line 2: 'text' is missing or empty"),
-        (b'{"text": ""}\n', "line 1: 'text' is missing or empty"),
-        (b'{"t": "w1"}\n', "expected the fields prompt and completion; or messages; or text"),
-        (b"[1]\n", "line 1: expected an object"),
-        (b'{"text": "\xff"}\n', "not UTF-8 text"),
-    ],
-)
-def test_wrong_data_is_told_in_a_line(place, capsys, tmp_path, content, message):
-    (tmp_path / "train.jsonl").write_bytes(content)
-    assert message in refusal(capsys, *training(place / "model", tmp_path, tmp_path / "a", 1))
-
-
 def test_models_without_linear_heads_are_refused(place, capsys, tmp_path):
     write_qwen3(tmp_path / "dense")
     options = training(tmp_path / "dense", place / "data", tmp_path / "a", 1)
@@ -406,13 +389,3 @@ def test_adapters_of_another_kind_are_not_resumed(place, trained, capsys, tmp_pa
     shutil.copy(place / "adapters" / "adapters.safetensors", file)
     message = refusal(capsys, *options, "-c", tmp_path / "s.yaml", "--resume-adapter-file", file)
     assert "is of rank 8, this run of rank 4" in message
-
-
-def test_data_of_the_hub_needs_its_package(place, capsys, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    monkeypatch.setattr(lora.importlib.util, "find_spec", lambda name: None)
-    options = training(place / "model", "owner/name", tmp_path / "a", 1)
-    assert "the package datasets is missing" in refusal(capsys, *options)
-    (tmp_path / "s.yaml").write_text("hf_dataset: {path: owner/name}")
-    message = refusal(capsys, *options, "-c", tmp_path / "s.yaml")
-    assert "hf_dataset: the package datasets is missing" in message
