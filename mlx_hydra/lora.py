@@ -31,6 +31,16 @@ KEYS = tuple(f"self_attn.linear.{part}_proj" for part in "qkvabg")
 
 DEFAULTS = {**mlx_lm.lora.CONFIG_DEFAULTS, "model": None, "data": None, "num_layers": -1}
 
+COUNTS = (
+    "iters",
+    "batch_size",
+    "max_seq_length",
+    "grad_accumulation_steps",
+    "steps_per_report",
+    "steps_per_eval",
+    "save_every",
+)
+
 ADAPTER = re.compile(r"model\.layers\.\d+\.self_attn\.linear\.[qkvabg]_proj\.(lora_a|lora_b|m)")
 
 
@@ -96,9 +106,13 @@ def parse_args(argv: Optional[Sequence[str]]) -> Namespace:
             f"--fine-tune-type {args.fine_tune_type}: expected lora or dora; everything but the "
             "adapters stays frozen here."
         )
-    for name in ("iters", "batch_size", "max_seq_length", "grad_accumulation_steps", "save_every"):
+    for name in COUNTS:
         value = getattr(args, name)
         expect(isinstance(value, int) and value > 0, as_option(name), value, "1 or more")
+    for name in ("val_batches", "test_batches"):
+        value = getattr(args, name)
+        holds = isinstance(value, int) and (value > 0 or value == -1)
+        expect(holds, as_option(name), value, "1 or more, or -1 for the whole set")
     args.lora_parameters = lora_parameters(args.lora_parameters)
     return args
 
