@@ -2,13 +2,15 @@
 
 import difflib
 import hashlib
+import math
 import re
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,7 +18,7 @@ import mlx_lm.lora
 import numpy as np
 import yaml
 from mlx.utils import tree_flatten
-from mlx_lm.tuner.callbacks import get_reporting_callbacks
+from mlx_lm.tuner.callbacks import TrainingCallback, get_reporting_callbacks
 from mlx_lm.tuner.datasets import load_dataset
 from mlx_lm.tuner.utils import load_adapters
 
@@ -30,6 +32,9 @@ from .lora_data import check_data
 KEYS = tuple(f"self_attn.linear.{part}_proj" for part in "qkvabg")
 
 DEFAULTS = {**mlx_lm.lora.CONFIG_DEFAULTS, "model": None, "data": None, "num_layers": -1}
+
+# Tokens of the first example, on which adapters are tried before they are saved.
+PROBE = 64
 
 COUNTS = (
     "iters",
@@ -67,7 +72,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     train_set, valid_set, test_set = load_dataset(args, tokenizer)
     if args.train:
         before = digests(model)
-        mlx_lm.lora.train_model(args, model, train_set, valid_set, callback)
+        train(args, model, train_set, valid_set, callback)
     elif args.adapter_path:
         load_adapters(model, args.adapter_path)
     if args.test:
@@ -113,6 +118,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> Namespace:
         value = getattr(args, name)
         holds = isinstance(value, int) and (value > 0 or value == -1)
         expect(holds, as_option(name), value, "1 or more, or -1 for the whole set")
+    expect(args.max_seq_length > 1, "--max-seq-length", args.max_seq_length, "2 or more")
+    # mlx-lm saves right after a report, which is where Guard can keep it from it.
+    args.steps_per_report = math.gcd(args.steps_per_report, args.save_every)
     args.lora_parameters = lora_parameters(args.lora_parameters)
     return args
 
@@ -190,6 +198,91 @@ def check_resumed(args: Namespace) -> None:
             raise ValueError(f"{where} is of rank {tensor.shape[1]}, this run of rank {rank}.")
 
 
+def train(
+    args: Namespace,
+    model: nn.Module,
+    train_set: Any,
+    valid_set: Any,
+    callback: Optional[TrainingCallback],
+) -> None:
+    """mlx-lm's training under a guard; where no adapters get saved, their config is put back."""
+    tokens, _ = train_set.process(train_set[0])
+    guard = Guard(args, model, mx.array(tokens[:PROBE])[None], callback)
+    config = Path(args.adapter_path) / "adapter_config.json"
+    before = config.read_bytes() if config.exists() else None
+    try:
+        mlx_lm.lora.train_model(args, model, train_set, valid_set, guard)
+    except BaseException:
+        if not guard.saved and before is not None:
+            config.write_bytes(before)
+        elif not guard.saved:
+            with suppress(OSError):
+                config.unlink()
+                config.parent.rmdir()
+        raise
+
+
+class Guard(TrainingCallback):
+    """Stops training before mlx-lm saves adapters that are ruined.
+
+    mlx-lm calls it with each loss that it reports. Where adapters are to be saved it looks at them
+    too, and at the logits of ``tokens``, [1, L]: a step whose loss was finite may have ruined them.
+
+    saved: the iteration whose adapters were saved last; 0 while none were.
+
+    Raises:
+        ValueError: something is not finite.
+    """
+
+    def __init__(
+        self,
+        args: Namespace,
+        model: nn.Module,
+        tokens: mx.array,
+        callback: Optional[TrainingCallback],
+    ):
+        self.args, self.model, self.tokens = args, model, tokens
+        self.callback = callback or TrainingCallback()
+        self.saved = 0
+
+    def on_val_loss_report(self, val_info: dict) -> None:
+        self.callback.on_val_loss_report(val_info)
+        self.expect_finite("validation loss", val_info["val_loss"], val_info["iteration"])
+
+    def on_train_loss_report(self, train_info: dict) -> None:
+        self.callback.on_train_loss_report(train_info)
+        iteration = train_info["iteration"]
+        self.expect_finite("training loss", train_info["train_loss"], iteration)
+        if iteration % self.args.save_every == 0 or iteration == self.args.iters:
+            if not self.adapters_are_fit():
+                self.stop("the adapters are ruined", iteration)
+            self.saved = iteration
+
+    def expect_finite(self, name: str, value: float, iteration: int) -> None:
+        if not math.isfinite(value):
+            self.stop(f"the {name} is {value}", iteration)
+
+    def adapters_are_fit(self) -> bool:
+        # As in validation: dropout would draw numbers that are training's.
+        self.model.eval()
+        logits = self.model(self.tokens)
+        self.model.train()
+        adapters = [x for _, x in tree_flatten(self.model.trainable_parameters())]
+        return all(mx.isfinite(x).all().item() for x in (logits, *adapters))
+
+    def stop(self, what: str, iteration: int) -> NoReturn:
+        when, advice = f"by iteration {iteration}", "Lower --learning-rate"
+        if iteration == 0:
+            when = "before the first iteration"
+            advice = "Check the weights of the model, and of --resume-adapter-file"
+        if self.args.mask_prompt:
+            advice += ", or raise --max-seq-length if prompts fill it"
+        kept = f"holds the adapters of iteration {self.saved}" if self.saved else "is as it was"
+        raise ValueError(
+            f"Training is stopped: {what} {when}; {self.args.adapter_path} {kept}. {advice}."
+        )
+
+
 def digests(model: nn.Module) -> dict[str, str]:
     """A hash of every parameter but the adapters, by its name in the model without them."""
     found = {}
@@ -249,7 +342,7 @@ class Report:
             for names, fault in (
                 (self.changed, "is not what it was before training"),
                 (self.stray, "is in the adapter file and is no adapter of linear heads"),
-                (self.broken, "has values that are not finite; try a lower --learning-rate"),
+                (self.broken, "has values that are not finite"),
             )
             for name in names
         ]
