@@ -223,6 +223,31 @@ def test_what_another_machine_has_done_is_not_done_again(runner, tmp_path):
     assert not plan.folder("draws-1").exists() and plan.folder("draws-2").exists()
 
 
+def test_a_second_run_on_one_folder_is_refused(tmp_path, monkeypatch, capsys):
+    make_plan(tmp_path)
+    places = {"teacher": "teacher", "work": "work", "recipe": "recipe.yaml", "results": "copy"}
+    options = [x for name, to in places.items() for x in (f"--{name}", str(tmp_path / to))]
+    runs = []
+
+    def run_another(runner):
+        runs.append(runner)
+        with pytest.raises(SystemExit) as ended:
+            run.main(options)
+        assert ended.value.code == 2
+        run.main([*options, "--list"])
+
+    monkeypatch.setattr(run.Runner, "run", run_another)
+    for count in (1, 2):
+        # The lock goes with the run that had it.
+        run.main(options)
+        assert len(runs) == count
+        out, error = capsys.readouterr()
+        assert (
+            error == f"error: {tmp_path / 'work'} is being written by another run: wait for it.\n"
+        )
+        assert "causal-0.25-whole-0" in out
+
+
 def test_a_process_that_dies_takes_one_job_with_it(runner, capfd):
     found = runner({"dies": (), "draws": ()}, 1)
     found.run()

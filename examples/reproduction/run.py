@@ -4,7 +4,7 @@
 
 The same command goes on where it was stopped; on another machine, with that results.json in WORK.
 WORK/results.json grows with every job, and is what table.py reads; WORK/jobs/NAME holds a job's
-models, losses and log.txt.
+models, losses and log.txt. A second run on the same WORK is refused while the first goes on.
 """
 
 import argparse
@@ -25,6 +25,9 @@ import mlx.core as mx
 import yaml
 from jobs import Job, Plan
 from prepare import RECIPE
+
+from mlx_hydra.checkpoints.writer import locked
+from mlx_hydra.cli import command
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -256,6 +259,7 @@ def keep_best(plan: Plan, out: Path) -> None:
     print(f"The best at {ratio} is {best} ({score(best):.1%}): {out}, {size / 2**20:.1f} MiB.")
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--teacher", type=Path, required=True, help="--out of teacher.py")
@@ -278,6 +282,15 @@ def main(argv: list[str] | None = None) -> None:
         for job in jobs:
             print(job.name, "(done)" if plan.done_file(job).exists() else "")
         return
+    work.mkdir(parents=True, exist_ok=True)
+    with locked(work, work):
+        failed = run_jobs(plan, jobs, args)
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
+
+
+def run_jobs(plan: Plan, jobs: list[Job], args: argparse.Namespace) -> list[str]:
+    """Run what is left of the jobs; the names of those that failed."""
     known = read_results(plan)["runs"]
     for job in jobs:
         # Those that ended when nobody was there to take it down.
@@ -287,12 +300,11 @@ def main(argv: list[str] | None = None) -> None:
     try:
         runner.run()
     finally:
-        if args.results is not None and work.exists():
+        if args.results is not None:
             copy_results(plan, args.results)
     if args.keep_best is not None:
         keep_best(plan, args.keep_best)
-    if runner.failed:
-        sys.exit(f"failed: {', '.join(runner.failed)}")
+    return runner.failed
 
 
 def chosen(jobs: list[Job], pattern: str) -> list[Job]:
@@ -308,7 +320,7 @@ def copy_results(plan: Plan, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if results_file(plan).exists():
         shutil.copy(results_file(plan), out)
-    for folder in (plan.work / "jobs").iterdir():
+    for folder in (plan.work / "jobs").glob("*"):
         for name in ("log.txt", "heads.json", "run/losses.csv"):
             if (folder / name).exists():
                 target = out / folder.name / Path(name).name
