@@ -149,6 +149,28 @@ def test_more_cells_join_a_file(model, capsys, tmp_path):
     assert len(json.loads(file.read_text())["needles"]) == 3
 
 
+def test_two_runs_of_a_file_at_once_are_refused(model, capsys, monkeypatch, tmp_path):
+    file, refused = tmp_path / "results.json", []
+    options = ["--model", model, "--needles", "single", "--lengths", 40, "--depths", 0, *SAMPLES]
+    score = command.score_needles
+
+    def run_again(*args):
+        monkeypatch.setattr(command, "score_needles", score)
+        refused.append(refusal(capsys, *options, "-o", file))
+        run(capsys, *options, "-o", tmp_path / "other.json")
+        return score(*args)
+
+    monkeypatch.setattr(command, "score_needles", run_again)
+    results = run(capsys, *options, "-o", file)
+    assert refused == [f"error: {file} is being written by another run: wait for it."]
+    assert json.loads(file.read_text()) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "other.json"}
+    # What a killed run leaves stops nobody.
+    (tmp_path / ".results.json.mlx_hydra-lock").touch()
+    assert run(capsys, *options, "-o", file) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "other.json"}
+
+
 def test_results_of_another_model_are_not_mixed(model, capsys, tmp_path):
     file = tmp_path / "results.json"
     options = ["--needles", "single", "--lengths", 40, "--depths", 0, *SAMPLES, "-o", file]

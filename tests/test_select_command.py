@@ -352,6 +352,34 @@ def test_an_output_that_is_there_stays(model, tmp_path, capsys):
     assert output.read_text() == "mine"
 
 
+def test_two_runs_of_an_output_at_once_are_refused(model, tmp_path, capsys, monkeypatch):
+    output, score, errors = tmp_path / "heads.json", measure.score_pair, []
+
+    def run_again(*arguments):
+        monkeypatch.setattr(measure, "score_pair", score)
+        errors.append(refusal(capsys, "--model", model, "-o", output, "--method", "attention"))
+        select(model, tmp_path / "other.json", *CONTEXT)
+        return score(*arguments)
+
+    monkeypatch.setattr(measure, "score_pair", run_again)
+    assert select(model, output, *CONTEXT)["method"] == "causal"
+    assert errors == [f"error: {output} is being written by another run: wait for it.\n"]
+    assert leftovers(tmp_path, "heads.json", "other.json") == set()
+
+
+def test_an_output_that_appears_meanwhile_stays(model, tmp_path, capsys, monkeypatch):
+    output, score = tmp_path / "heads.json", measure.score_pair
+    monkeypatch.setattr(measure, "score_pair", lambda *a: output.write_text("mine") and score(*a))
+    arguments = ("--model", model, "-o", output, *CONTEXT, "--knockout", tmp_path / "k.csv")
+    assert "is there: remove it or choose" in refusal(capsys, *arguments)
+    assert output.read_text() == "mine"
+    # What was scored is not lost.
+    assert leftovers(tmp_path, "heads.json") == {".heads.json.mlx_hydra-partial"}
+    output.unlink()
+    monkeypatch.setattr(measure, "score_pair", None)
+    assert select(model, output, *CONTEXT)["method"] == "causal"
+
+
 def test_models_that_are_refused(tmp_path, capsys):
     def error(**changes):
         write_checkpoint(tmp_path, {**QWEN3, **changes}, {})

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import math
 import os
@@ -14,6 +13,7 @@ from typing import Union
 
 import mlx.core as mx
 
+from ..locks import locked
 from .reader import INDEX
 
 SHARD_BYTES = 5 << 30
@@ -78,22 +78,6 @@ def check_vacant(out: Path) -> None:
             raise ValueError(f"{out} is not empty: remove it or choose another path.")
     elif out.exists():
         raise ValueError(f"{out} is a file: choose another path.")
-
-
-@contextlib.contextmanager
-def locked(folder: Path, out: Path) -> Iterator[None]:
-    """Hold ``folder`` for this process; the lock of a killed process is gone with it."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out} is being written by another run: wait for it.") from None
-        except OSError:
-            pass  # A file system without locks.
-        yield
-    finally:
-        os.close(handle)
 
 
 def remove_contents(folder: Path) -> None:

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
-from ..checkpoints.writer import locked
+from ..locks import locked
 from .config import Config, Stage
 from .data import Sequences, tokens_file
 from .models import HIDDEN_SIZES, LOGIT_SIZES, load_student, load_teacher

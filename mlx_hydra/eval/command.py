@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Optional
@@ -28,6 +29,7 @@ from ..loading import (
     read_config,
     weight_sizes,
 )
+from ..locks import locked_output
 from ..needles import KINDS
 from ..plan import Planner, default_step, in_bytes, machine_memory
 from .needle_grid import NeedleCell, score_needles
@@ -43,6 +45,12 @@ SAMPLES = 10
 @command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
+    with nullcontext() if args.output is None else locked_output(args.output):
+        run(args)
+
+
+def run(args: Namespace) -> None:
+    """Evaluate the cells that are missing, then show all that are asked for."""
     path = find_model(args.model)
     config = read_config(path)
     tokenizer = load_tokenizer(path, config)

@@ -73,7 +73,7 @@ def load(path: Path) -> dict[str, Any]:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Write a file beside its place and move it there when it is whole."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with open(partial, "wb") as file:
             file.write(data)

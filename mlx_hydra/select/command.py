@@ -14,6 +14,7 @@ from rich.progress import TimeRemainingColumn
 from .. import __version__
 from ..cli import ArgumentParser, as_option, command, progress_bar
 from ..loading import find_model, fingerprint, load, read_config
+from ..locks import locked_output
 from . import choose, pictures
 from .knockout import Point, curve_length, knockout_curve
 from .measure import METHODS, Measured, measure
@@ -31,6 +32,14 @@ KNOCKOUT_PAIRS = 2
 def main(argv: Optional[list[str]] = None) -> None:
     options = build_parser().parse_args(argv)
     check_options(options)
+    output = Path(options.output)
+    with locked_output(output):
+        check_absent(output)
+        run(options)
+
+
+def run(options: Namespace) -> None:
+    """Measure where that is asked for, choose, and write all."""
     teacher = Teacher.find(options.model)
     # Before anything is measured: a choice that cannot be made.
     heads = choose_heads(options, teacher, np.zeros(teacher.shape))
@@ -122,8 +131,6 @@ def check_options(options: Namespace) -> None:
             raise ValueError(f"--{name} {value}: expected a number from 1 up.")
     if (ratio := options.full_ratio) is not None:
         choose.check_ratio(ratio)
-    if Path(options.output).exists():
-        raise ValueError(f"--output {options.output} is there: remove it or choose another path.")
     for name in ("output", "plot", *silencing):
         if (path := getattr(options, name)) and not Path(path).parent.is_dir():
             raise ValueError(f"{as_option(name)} {path}: no such folder: {Path(path).parent}.")
@@ -132,6 +139,11 @@ def check_options(options: Namespace) -> None:
     for name in ("plot", "knockout_plot"):
         if path := getattr(options, name):
             pictures.check_picture(as_option(name), path)
+
+
+def check_absent(output: Path) -> None:
+    if output.exists():
+        raise ValueError(f"--output {output} is there: remove it or choose another path.")
 
 
 def refuse(options: Namespace, names: tuple[str, ...], why: str) -> None:
@@ -294,7 +306,12 @@ def write_all(
     scores: Optional[np.ndarray],
     points: Optional[list[Point]],
 ) -> None:
-    """Write what was asked for; heads.json is the last, as a rerun starts from its absence."""
+    """Write what was asked for; heads.json is the last, as a rerun starts from its absence.
+
+    Raises:
+        ValueError: it is there by now; nothing is written.
+    """
+    check_absent(Path(options.output))
     if options.plot:
         heads, num_heads = content["full_attention_heads"], content["num_heads"]
         pictures.draw_heads(Path(options.plot), heads, scores, num_heads)
