@@ -81,10 +81,9 @@ def test_fixed_heads_are_the_same_in_each_layer_and_spread():
     assert choose_fixed((2, 16), Budget(0.25, 1)) == [[0, 4, 8, 12]] * 2
     assert choose_fixed((2, 8), Budget(0.25, 0, 2)) == [[0, 1]] * 2
     assert choose_fixed((2, 8), Budget(0.5, 0, 2)) == [[0, 1, 4, 5]] * 2
-    # One at least, and as many as asked.
-    assert choose_fixed((1, 8), Budget(0.01, 0)) == [[0]]
-    assert choose_fixed((1, 8), Budget(0.01, 2)) == [[0, 4]]
-    assert choose_fixed((1, 8), Budget(0.01, 3, 2)) == [[0, 1, 4, 5]]
+    # One at least.
+    assert choose_fixed((1, 8), Budget(0.01, 0)) == choose_fixed((1, 8), Budget(0.01, 1)) == [[0]]
+    assert choose_fixed((1, 8), Budget(0.25, 2)) == [[0, 4]]
 
 
 def test_whole_layers_are_spread_as_in_hybrids():
@@ -116,3 +115,9 @@ def test_least_heads_out_of_range():
         choose_by_scores(np.zeros((2, 4)), Budget(0.25, 2))
     with pytest.raises(ValueError, match=r"2 layers need 4 heads in all, --full-ratio 0\.25 keep"):
         choose_by_scores(np.zeros((2, 4)), Budget(0.25, 1, 2))
+    message = r"3 layers need 9 heads in all, --full-ratio 0\.1 keeps 3; .* ratio from 0\.75 up"
+    with pytest.raises(ValueError, match=message):
+        choose_fixed((3, 4), Budget(0.1, 3))
+    message = r"1 layers need 4 heads in all, --full-ratio 0\.25 keeps 2; .* ratio from 0\.5 up"
+    with pytest.raises(ValueError, match=message):
+        choose_fixed((1, 8), Budget(0.25, 3, 2))

@@ -35,6 +35,17 @@ class Budget:
             )
         return num_heads // self.size, math.ceil(self.min_per_layer / self.size)
 
+    def check_enough(self, num_layers: int, num_heads: int, count: int) -> None:
+        """Raise a ValueError if ``count`` heads or groups in all are too few for the layers."""
+        in_layer, least = self.units(num_heads)
+        if least * num_layers > count:
+            raise ValueError(
+                f"--min-per-layer {self.min_per_layer}: {num_layers} layers need "
+                f"{least * num_layers * self.size} heads in all, --full-ratio {self.ratio} keeps "
+                f"{count * self.size}; expected a ratio from {least / in_layer:.4g} up, or fewer "
+                "heads a layer."
+            )
+
 
 def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
     """The highest scores of the whole model, with so many heads in each layer at least.
@@ -61,12 +72,7 @@ def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
     in_layer, least = budget.units(H)
     total = L * in_layer
     count = max(1, round(budget.ratio * total))
-    if least * L > count:
-        raise ValueError(
-            f"--min-per-layer {budget.min_per_layer}: {L} layers need {least * L * budget.size} "
-            f"heads in all, --full-ratio {budget.ratio} keeps {count * budget.size}; expected a "
-            f"ratio from {least * L / total:.4g} up, or fewer heads a layer."
-        )
+    budget.check_enough(L, H, count)
     units = scores.reshape(L, in_layer, budget.size).mean(-1)
     # A stable sort, so that equal scores do not depend on the platform.
     order = np.argsort(-units, axis=1, kind="stable")
@@ -83,11 +89,15 @@ def choose_by_scores(scores: np.ndarray, budget: Budget) -> Heads:
 def choose_fixed(shape: tuple[int, int], budget: Budget) -> Heads:
     """The same heads in each layer, spread evenly over its heads: ``round(ratio * H)`` of them.
 
-    At least one, and as many as each layer must have; KV groups are spread as heads are.
+    At least one; KV groups are spread as heads are.
+
+    Raises:
+        ValueError: the ratio leaves fewer heads than a layer must have, or is out of range.
     """
     L, H = shape
-    in_layer, least = budget.units(H)
-    count = max(1, round(budget.ratio * in_layer), least)
+    in_layer, _ = budget.units(H)
+    count = max(1, round(budget.ratio * in_layer))
+    budget.check_enough(L, H, count * L)
     chosen = np.zeros(in_layer, dtype=bool)
     chosen[[i * in_layer // count for i in range(count)]] = True
     return by_layer(np.tile(np.repeat(chosen, budget.size), (L, 1)))
