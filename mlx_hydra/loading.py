@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import math
 import pkgutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -31,6 +32,11 @@ FETCHED = (
     "*.jsonl",
     "*.jinja",
 )
+
+# What a tokenizer's tokens depend on, whichever tokenizer it is.
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken")
+# What it puts around a text depends on these, too.
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 # mlx-lm 0.31, the last for Python 3.10, runs a model's own file unasked; read_config does ask.
 ASKS_FOR_TRUST = "trust_remote_code" in inspect.signature(mlx_lm.utils.load_model).parameters
@@ -191,8 +197,19 @@ def fingerprint(path: Path, adapter_path: Optional[str] = None) -> str:
     files = [path / "config.json"]
     if adapter_path is not None:
         files.append(Path(adapter_path) / "adapter_config.json")
+    return hash_of(files + weight_files(path, adapter_path))
+
+
+def tokenizer_fingerprint(path: Path) -> str:
+    """What tells a model's tokenizer from others: a hash of its files, as :func:`fingerprint`."""
+    patterns = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS)
+    return hash_of([file for pattern in patterns for file in sorted(path.glob(pattern))])
+
+
+def hash_of(files: Iterable[Path]) -> str:
+    """A hash of files' names and contents, in this order."""
     digest = hashlib.sha256()
-    for file in files + weight_files(path, adapter_path):
+    for file in files:
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 20):

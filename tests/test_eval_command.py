@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -179,14 +180,43 @@ def test_results_of_another_model_are_not_mixed(model, capsys, tmp_path):
     other = tiny.save(tiny.model(1), tiny.config(), tmp_path / "other")
     assert "is of another model" in refusal(capsys, "--model", other, *options)
     assert file.read_bytes() == before
+
+    def damaged(**changes) -> bytes:
+        return json.dumps({**json.loads(before), **changes}).encode()
+
     for content, message in (
         (b"{", "is there and not JSON"),
         (b"[]", "has the format None"),
         (b'{"format": "mlx_hydra.eval 0"}', "has the format 'mlx_hydra.eval 0'"),
+        (b'{"format": "mlx_hydra.eval 1"}', "its 'fingerprint' is missing or damaged"),
+        (damaged(needles=None), "its 'needles' is missing or damaged"),
+        (damaged(needles=["x"]), "its 'needles' is missing or damaged"),
+        (damaged(needles=[{"kind": "single"}]), "its 'needles' is missing or damaged"),
+        (damaged(perplexity={}), "its 'perplexity' is missing or damaged"),
     ):
         file.write_bytes(content)
         assert message in refusal(capsys, "--model", model, *options)
         assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_results_of_another_tokenizer_are_not_mixed(model, capsys, tmp_path, name):
+    folder, file = shutil.copytree(model, tmp_path / "copy"), tmp_path / "results.json"
+    options = ["--needles", "single", "--lengths", 40, "--depths", 0, *SAMPLES, "-o", file]
+    results = run(capsys, "--model", model, *options)
+    assert run(capsys, "--model", folder, *options)["needles"] == results["needles"]
+    (folder / name).write_text((folder / name).read_text() + "\n")
+    assert "is of another tokenizer; name" in refusal(capsys, "--model", folder, *options)
+
+
+def test_a_model_that_is_not_finite_is_refused(capsys, tmp_path):
+    model = tiny.model()
+    model.model.norm.weight = model.model.norm.weight * mx.nan
+    folder = tiny.save(model, tiny.config(), tmp_path / "model")
+    options = ["--model", folder, "--needles", "single", "--lengths", 40, "--depths", 0, *SAMPLES]
+    message = refusal(capsys, *options, "-o", tmp_path / "results.json")
+    assert "--needles: the model gives logits that are not finite at length 40." in message
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])

@@ -12,10 +12,8 @@ from ..checkpoints.migrate import RECIPES
 from ..checkpoints.reader import CheckpointReader
 from ..config import MODEL_TYPE, FullAttentionArgs, ModelArgs
 from ..hub import find_folder
-from ..loading import FETCHED, load_model, load_tokenizer, read_config
+from ..loading import FETCHED, TOKENIZER_FILES, load_model, load_tokenizer, read_config
 from ..models.hydrahead import Model, may_cast
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken")
 
 # What the hidden states depend on, and what the logits do.
 HIDDEN_SIZES = ("num_hidden_layers", "hidden_size", "num_attention_heads", "head_dim")

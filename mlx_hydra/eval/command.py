@@ -27,6 +27,7 @@ from ..loading import (
     load_model,
     load_tokenizer,
     read_config,
+    tokenizer_fingerprint,
     weight_sizes,
 )
 from ..locks import locked_output
@@ -63,6 +64,7 @@ def run(args: Namespace) -> None:
         "model": args.model,
         "adapter_path": args.adapter_path,
         "fingerprint": fingerprint(path, args.adapter_path),
+        "tokenizer": tokenizer_fingerprint(path),
         "backend": backend_name(config),
         "mlx": mx.__version__,
         "mlx_hydra": __version__,

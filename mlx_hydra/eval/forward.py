@@ -58,6 +58,9 @@ def answer(
         ends: tokens that end an answer.
         step: tokens that are read at a time.
         advance: told how many tokens were read.
+
+    Raises:
+        ValueError: the model's logits are not finite.
     """
     tokens, cache = mx.array(prompts), make_prompt_cache(model)
     read(model, tokens[:, :-1], cache, step, advance)
@@ -65,7 +68,14 @@ def answer(
     last, answers = tokens[:, -1:], [[] for _ in prompts]
     open_answers = dict(enumerate(answers))
     for _ in range(count):
-        last = mx.argmax(model(last, cache=cache)[:, -1:], axis=-1)
+        logits = model(last, cache=cache)[:, -1:]
+        # As perplexity has it: a logit of -inf, which a model may mask with, is none of these.
+        if not mx.isfinite(mx.logsumexp(logits.astype(mx.float32), axis=-1)).all():
+            raise ValueError(
+                "--needles: the model gives logits that are not finite at length "
+                f"{tokens.shape[1]}."
+            )
+        last = mx.argmax(logits, axis=-1)
         for i, token in enumerate(last[:, 0].tolist()):
             if i in open_answers and token in ends:
                 del open_answers[i]

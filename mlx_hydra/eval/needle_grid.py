@@ -61,6 +61,9 @@ def score_needles(
         in any order: RULER's measure.
     example: the first prompt's expected values and the text that the model gave.
 
+    Raises:
+        ValueError: the model's logits are not finite.
+
     Args:
         model: a model as mlx-lm calls it.
         step: tokens that are read at a time.

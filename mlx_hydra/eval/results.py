@@ -8,18 +8,25 @@ from pathlib import Path
 from typing import Any, Optional
 
 FORMAT = "mlx_hydra.eval 1"
+# What must be there for a run to go on; of a section, what the tables and pictures show.
+NEEDED = ("fingerprint", "tokenizer")
+SCORES = {
+    "needles": {"found", "exact"},
+    "perplexity": {"file", "tokens", "loss", "perplexity"},
+}
 
 
 class Results:
     """Cells with their scores, and the model that they are of.
 
     Args:
-        about: what the results are of; ``fingerprint`` tells the model from every other.
+        about: what the results are of; ``fingerprint`` tells the model from every other, and
+            ``tokenizer`` its tokenizer.
         path: the JSON file; None to keep them in memory alone. One that is there already is gone
             on with.
 
     Raises:
-        ValueError: the file is no such results, or of another model.
+        ValueError: the file is no such results, or of another model or tokenizer.
         OSError: it cannot be read.
     """
 
@@ -29,8 +36,11 @@ class Results:
         if path is None or not path.exists():
             return
         content = load(path)
-        if content["fingerprint"] != about["fingerprint"]:
-            raise ValueError(f"-o {path} is of another model; name another file, or remove it.")
+        for name, what in (("fingerprint", "model"), ("tokenizer", "tokenizer")):
+            if content[name] != about[name]:
+                raise ValueError(
+                    f"-o {path} is of another {what}; name another file, or remove it."
+                )
         self.content |= {name: content[name] for name in ("needles", "perplexity")}
 
     def of(self, section: str, cells: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -68,7 +78,21 @@ def load(path: Path) -> dict[str, Any]:
             f"-o {path} is there and has the format {found!r}, this version writes {FORMAT!r}; "
             "name another file, or remove it."
         )
+    missing = [name for name in NEEDED if name not in content]
+    missing += [name for name, scores in SCORES.items() if not are_cells(content.get(name), scores)]
+    if missing:
+        raise ValueError(
+            f"-o {path} is there, and its {missing[0]!r} is missing or damaged; name another file, "
+            "or remove it."
+        )
     return content
+
+
+def are_cells(entries: Any, scores: set[str]) -> bool:
+    """Whether a section as it was read is a list of cells with these scores."""
+    return isinstance(entries, list) and all(
+        isinstance(entry, dict) and scores <= entry.keys() for entry in entries
+    )
 
 
 def write_whole(path: Path, data: bytes) -> None:

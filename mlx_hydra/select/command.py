@@ -13,7 +13,7 @@ from rich.progress import TimeRemainingColumn
 
 from .. import __version__
 from ..cli import ArgumentParser, as_option, command, progress_bar
-from ..loading import find_model, fingerprint, load, read_config
+from ..loading import find_model, fingerprint, load, read_config, tokenizer_fingerprint
 from ..locks import locked_output
 from . import choose, pictures
 from .knockout import Point, curve_length, knockout_curve
@@ -49,7 +49,7 @@ def run(options: Namespace) -> None:
     elif options.method not in BASELINES:
         pairs = teacher.pairs(options, options.seed)
         settings = probe_settings(options)
-        state = State(Path(options.output), settings | {"model": fingerprint(teacher.path)})
+        state = State(Path(options.output), settings | teacher.fingerprints)
         measured = run_measurement(teacher, pairs, options.method or METHOD, state)
         found = {
             "method": options.method or METHOD,
@@ -191,6 +191,11 @@ class Teacher:
         if heads % kv_heads:
             raise ValueError(f"{where}: {heads} heads cannot share {kv_heads} KV heads evenly.")
         return cls(path, config, (layers, heads), kv_heads)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """What the scores depend on of its files."""
+        return {"model": fingerprint(self.path), "tokenizer": tokenizer_fingerprint(self.path)}
 
     def pairs(self, options: Namespace, seed: int, most: Optional[int] = None) -> list[Pair]:
         """The probes that the options ask for; the model is loaded with them.
