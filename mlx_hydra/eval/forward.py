@@ -69,7 +69,7 @@ def answer(
     open_answers = dict(enumerate(answers))
     for _ in range(count):
         logits = model(last, cache=cache)[:, -1:]
-        # As perplexity has it: a logit of -inf, which a model may mask with, is none of these.
+        # What perplexity would refuse, too: -inf alone may be how a model masks a token.
         if not mx.isfinite(mx.logsumexp(logits.astype(mx.float32), axis=-1)).all():
             raise ValueError(
                 "--needles: the model gives logits that are not finite at length "

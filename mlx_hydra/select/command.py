@@ -4,6 +4,7 @@ import hashlib
 import json
 from argparse import Namespace
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Optional
 
@@ -17,14 +18,14 @@ from ..loading import find_model, fingerprint, load, read_config, tokenizer_fing
 from ..locks import locked_output
 from . import choose, pictures
 from .knockout import Point, curve_length, knockout_curve
-from .measure import METHODS, Measured, measure
-from .probes import Pair, builtin_pairs, pairs_from_file
+from .measure import METHODS, Measured, is_result, measure
+from .probes import Pair, builtin_pairs, in_turns, pairs_from_file
 from .state import State, object_text, table_text, write_whole
 
 BASELINES = ("random", "fixed", "layerwise")
 BUILTIN = "builtin"
-METHOD, RATIO, MIN_PER_LAYER, CONTEXT, PAIRS = METHODS[0], 0.25, 1, 4096, 6
-# Probes of each capability behind a point of the knockout curve.
+METHOD, RATIO, MIN_PER_LAYER, CONTEXT, PAIRS, SEED = METHODS[0], 0.25, 1, 4096, 6, 0
+# Probes of each capability behind a point of the knockout curve, at most.
 KNOCKOUT_PAIRS = 2
 
 
@@ -43,42 +44,44 @@ def run(options: Namespace) -> None:
     teacher = Teacher.find(options.model)
     # Before anything is measured: a choice that cannot be made.
     heads = choose_heads(options, teacher, np.zeros(teacher.shape))
-    state, scores, found = None, None, {"method": options.method, "scores": None}
+    pairs, silenced, state, scores, points, details = [], None, None, None, None, {}
+    found = {"method": options.method, "scores": None}
+    made_by = {"model": options.model, "seed": options.seed or SEED}
     if options.scores is not None:
         found = read_scores(options.scores, teacher.shape)
+        made_by = {"model": options.model} | found.pop("made_by", {})
     elif options.method not in BASELINES:
-        pairs = teacher.pairs(options, options.seed)
-        settings = probe_settings(options)
-        state = State(Path(options.output), settings | teacher.fingerprints)
-        measured = run_measurement(teacher, pairs, options.method or METHOD, state)
-        found = {
-            "method": options.method or METHOD,
-            "scores": measured.scores.tolist(),
-            "made_by": {"model": options.model, **settings, "pairs": len(pairs)},
-            **measured.details,
-        }
-    if found["scores"] is not None:
-        scores = np.array(found["scores"])
-        heads = choose_heads(options, teacher, scores)
-    points = None
+        pairs = scored_pairs(options, teacher)
+        made_by |= probe_settings(options) | {"pairs": len(pairs)}
     if options.knockout or options.knockout_plot:
-        # Other probes than those that the scores are from, where there are others.
-        pairs = teacher.pairs(options, options.seed + 1, KNOCKOUT_PAIRS)
-        points = run_knockout(teacher, pairs, scores, options.seed)
+        silenced = knockout_pairs(options, teacher, made_by)
 
-    made_by = found.pop("made_by", {"model": options.model}) | {
+    if pairs:
+        settings = probe_settings(options) | teacher.fingerprints
+        method = settings["method"]
+        check = partial(is_result, method=method, shape=teacher.shape)
+        state = State(Path(options.output), settings, check)
+        measured = run_measurement(teacher, pairs, method, state)
+        details = measured.details
+        found = {"method": method, "scores": measured.scores.tolist(), **details}
+    if found["scores"] is not None:
+        scores = np.array(found["scores"], dtype=np.float64)
+        heads = choose_heads(options, teacher, scores)
+    if silenced is not None:
+        points = run_knockout(teacher, silenced, scores, made_by.get("seed", SEED))
+
+    made_by |= {
         "mlx_hydra": __version__,
         "full_ratio": RATIO if options.full_ratio is None else options.full_ratio,
         "min_per_layer": least_per_layer(options),
         "granularity": options.granularity or choose.GRANULARITIES[0],
     }
-    made_by.setdefault("seed", options.seed)
     sizes = dict(zip(("num_layers", "num_heads"), teacher.shape))
     content = sizes | {"full_attention_heads": heads} | found | {"made_by": made_by}
     write_all(options, content, scores, points)
     if state is not None:
         state.remove()
-    print_summary(options, teacher, content, points)
+    print_summary(options, teacher, heads, details, points)
 
 
 def build_parser() -> ArgumentParser:
@@ -104,7 +107,7 @@ def build_parser() -> ArgumentParser:
     add("--probes", metavar="FILE", help=f"JSON lines to measure on, or {BUILTIN} (the default)")
     add("--context", metavar="N", type=int, help=f"tokens of a built-in probe ({CONTEXT})")
     add("--pairs", metavar="N", type=int, help=f"probes of each capability ({PAIRS}; a file: all)")
-    add("--seed", type=int, default=0, help="of the probes, and of random choices (0)")
+    add("--seed", metavar="N", type=int, help=f"of the probes, and of random choices ({SEED})")
     add("-o", "--output", metavar="FILE", default="heads.json", help="what to write (heads.json)")
     add("--plot", metavar="FILE", help="draw layers x heads, the chosen ones framed")
     add("--knockout", metavar="FILE", help="silence heads best first and at random: CSV or JSON")
@@ -121,7 +124,7 @@ def check_options(options: Namespace) -> None:
     if options.method == "layerwise":
         refuse(options, ("min_per_layer", "granularity"), "--method layerwise: layers are whole")
     if options.scores is not None:
-        refuse(options, ("method",), "--scores, whose method is in the file")
+        refuse(options, ("method", "seed"), "--scores, whose method and seed are in the file")
         if not any(getattr(options, name) for name in silencing):
             refuse(options, measuring, "--scores: nothing is measured")
     if options.probes not in (None, BUILTIN):
@@ -129,6 +132,8 @@ def check_options(options: Namespace) -> None:
     for name in ("context", "pairs"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ValueError(f"--{name} {value}: expected a number from 1 up.")
+    if options.seed is not None and options.seed < 0:
+        raise ValueError(f"--seed {options.seed}: expected a number from 0 up.")
     if (ratio := options.full_ratio) is not None:
         choose.check_ratio(ratio)
     for name in ("output", "plot", *silencing):
@@ -197,22 +202,13 @@ class Teacher:
         """What the scores depend on of its files."""
         return {"model": fingerprint(self.path), "tokenizer": tokenizer_fingerprint(self.path)}
 
-    def pairs(self, options: Namespace, seed: int, most: Optional[int] = None) -> list[Pair]:
-        """The probes that the options ask for; the model is loaded with them.
-
-        Args:
-            most: at most so many of each capability.
-
-        Raises:
-            ValueError: probes that cannot be made or read, or are not for this model.
-        """
+    def load(self) -> None:
+        """Have model and tokenizer in memory."""
         if self.model is None:
             self.model, self.tokenizer, _ = load(str(self.path))
-        if options.probes in (None, BUILTIN):
-            context, count = options.context or CONTEXT, options.pairs or PAIRS
-            pairs = builtin_pairs(self.tokenizer, context, min(count, most or count), seed)
-        else:
-            pairs = pairs_from_file(options.probes, self.tokenizer, most or options.pairs)
+
+    def check(self, pairs: list[Pair]) -> None:
+        """Raise a ValueError for probes that are not for this model."""
         longest = max(len(pair.clean_tokens) for pair in pairs)
         limit = self.config.get("max_position_embeddings")
         if limit is not None and longest > limit:
@@ -226,7 +222,55 @@ class Teacher:
                 f"The tokenizer in {self.path} gives token {largest}, the model knows "
                 f"{self.config['vocab_size']}: it is another model's."
             )
-        return pairs
+
+
+def scored_pairs(options: Namespace, teacher: Teacher) -> list[Pair]:
+    """The probes that the scores will be from; the teacher is loaded for them.
+
+    Raises:
+        ValueError: probes that cannot be made or read, or are not for this model.
+    """
+    teacher.load()
+    if options.probes in (None, BUILTIN):
+        context, count = options.context or CONTEXT, options.pairs or PAIRS
+        pairs = builtin_pairs(teacher.tokenizer, context, count, options.seed or SEED)
+    else:
+        pairs = in_turns(pairs_from_file(options.probes, teacher.tokenizer), options.pairs)
+    teacher.check(pairs)
+    return pairs
+
+
+def knockout_pairs(options: Namespace, teacher: Teacher, made_by: dict[str, Any]) -> list[Pair]:
+    """Probes to silence heads on: others than the scored ones, where there are any.
+
+    Args:
+        made_by: what the scores were made by, as far as it is known.
+
+    Raises:
+        ValueError: as in :func:`scored_pairs`.
+    """
+    teacher.load()
+    count = min(options.pairs or KNOCKOUT_PAIRS, KNOCKOUT_PAIRS)
+    earlier, which = made_by.get("probes"), "that were not scored"
+    if options.probes in (None, BUILTIN):
+        context = options.context or made_by.get("context", CONTEXT)
+        pairs = builtin_pairs(teacher.tokenizer, context, count, made_by.get("seed", SEED) + 1)
+        known = earlier is not None
+    else:
+        pairs = pairs_from_file(options.probes, teacher.tokenizer)
+        same = made_by.get("probes_sha256") == digest_of(options.probes)
+        scored = pairs[: made_by.get("pairs")] if same else []
+        others = [pair for pair in pairs if pair not in scored]
+        if not others:
+            which = f"that were scored, too, as {options.probes} has no others"
+        pairs = in_turns(others or pairs, count)
+        known = same or earlier == BUILTIN
+    if not known:
+        which = "of which it is not known whether they were scored"
+    teacher.check(pairs)
+    tokens = sum(len(pair.answer) for pair in pairs)
+    print(f"Heads will be silenced on {len(pairs)} probes ({tokens} tokens of answers) {which}.")
+    return pairs
 
 
 def probe_settings(options: Namespace) -> dict[str, Any]:
@@ -234,9 +278,12 @@ def probe_settings(options: Namespace) -> dict[str, Any]:
     if options.probes in (None, BUILTIN):
         probes = {"probes": BUILTIN, "context": options.context or CONTEXT}
     else:
-        digest = hashlib.sha256(Path(options.probes).read_bytes()).hexdigest()
-        probes = {"probes": options.probes, "probes_sha256": digest}
-    return {"method": options.method or METHOD, **probes, "seed": options.seed}
+        probes = {"probes": options.probes, "probes_sha256": digest_of(options.probes)}
+    return {"method": options.method or METHOD, **probes, "seed": options.seed or SEED}
+
+
+def digest_of(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def run_measurement(teacher: Teacher, pairs: list[Pair], method: str, state: State) -> Measured:
@@ -271,7 +318,7 @@ def choose_heads(options: Namespace, teacher: Teacher, scores: np.ndarray) -> ch
     if options.method == "fixed":
         return choose.choose_fixed(teacher.shape, budget)
     if options.method == "random":
-        scores = np.random.default_rng(options.seed).random(teacher.shape)
+        scores = np.random.default_rng(options.seed or SEED).random(teacher.shape)
     return choose.choose_by_scores(scores, budget)
 
 
@@ -291,9 +338,12 @@ def read_scores(path: str, shape: tuple[int, int]) -> dict[str, Any]:
     if scores is None:
         raise ValueError(f"--scores {path}: it holds no scores; causal and attention make some.")
     try:
-        array = np.array(scores, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"--scores {path}: its scores are no table of numbers.") from error
+        array = np.array(scores)
+    except ValueError:
+        # Rows of different lengths.
+        array = np.array(None)
+    if array.dtype.kind not in "iuf":
+        raise ValueError(f"--scores {path}: its scores are no table of numbers.")
     if array.shape != shape:
         raise ValueError(
             f"--scores {path}: made for another model: scores of shape {array.shape}, this model "
@@ -301,8 +351,21 @@ def read_scores(path: str, shape: tuple[int, int]) -> dict[str, Any]:
         )
     if not np.isfinite(array).all():
         raise ValueError(f"--scores {path}: its scores are not all finite.")
+    check_made_by(content.get("made_by", {}), f"--scores {path}")
     chosen = ("num_layers", "num_heads", "full_attention_heads")
     return {"method": None} | {k: v for k, v in content.items() if k not in chosen}
+
+
+def check_made_by(made_by: Any, where: str) -> None:
+    """Raise a ValueError unless it tells, if at all, in numbers what the scores were made by."""
+    if not isinstance(made_by, dict):
+        raise ValueError(f"{where}: made_by={made_by!r}: expected an object.")
+    for name, least in (("seed", 0), ("context", 1), ("pairs", 1)):
+        value = made_by.get(name, least)
+        if type(value) is not int or value < least:
+            raise ValueError(
+                f"{where}: its made_by has {name}={value!r}: expected a number from {least} up."
+            )
 
 
 def write_all(
@@ -328,20 +391,24 @@ def write_all(
 
 
 def print_summary(
-    options: Namespace, teacher: Teacher, content: dict[str, Any], points: Optional[list[Point]]
+    options: Namespace,
+    teacher: Teacher,
+    heads: choose.Heads,
+    details: dict[str, Any],
+    points: Optional[list[Point]],
 ) -> None:
     """Print what was measured and chosen, and where it is."""
-    for name, found in content.get("capabilities", {}).items():
+    for name, found in details.get("capabilities", {}).items():
         if "answered" in found:
             print(
                 f"{name}: {found['answered']} of {found['pairs']} probes are answered (the rest is "
                 f"left out); readout {found['readout']:.2f}, counterfactual "
                 f"{found['counterfactual_readout']:.2f}."
             )
-    if cost := content.get("forward_passes_per_pair"):
+    if cost := details.get("forward_passes_per_pair"):
         parts = ", ".join(f"{name} {passes:.2f}" for name, passes in cost.items())
         print(f"Cost of a pair in forward passes: {parts}; {sum(cost.values()):.2f} in all.")
-    if (agreement := content.get("spearman_of_halves")) is not None:
+    if (agreement := details.get("spearman_of_halves")) is not None:
         print(f"Spearman correlation of the scores from two halves of the probes: {agreement:.3f}.")
     if points is not None:
         chosen = [point for point in points if point.heads == points[-1].heads]
@@ -350,7 +417,7 @@ def print_summary(
             f"Answers' tokens right: {points[0].accuracy:.0%}; with {chosen[0].heads} heads "
             f"silenced {chosen[0].accuracy:.0%} in score order, {random:.0%} at random."
         )
-    heads, (layers, num_heads) = content["full_attention_heads"], teacher.shape
+    layers, num_heads = teacher.shape
     full, group = sum(map(len, heads)), num_heads // teacher.num_kv_heads
     cached = sum(len({head // group for head in chosen}) for chosen in heads)
     print(

@@ -58,6 +58,21 @@ def measure(
     return (causal_scores if method == "causal" else attention_scores)(results)
 
 
+def is_result(result: Any, method: str, shape: tuple[int, int]) -> bool:
+    """Whether something that was read back is what measuring a pair gives."""
+    try:
+        if method == "causal":
+            pair = PairScores(**result)
+            tables = [pair.receiver, pair.sender]
+            numbers = [pair.clean, pair.counterfactual, pair.forward, *pair.macs.values()]
+        else:
+            tables, numbers = [result["scores"]], []
+        whole = all(np.shape(table) == shape and np.isfinite(table).all() for table in tables)
+        return whole and bool(np.isfinite(numbers).all())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return False
+
+
 def causal_scores(results: Mapping[str, Sequence[dict]]) -> Measured:
     """The paper's Eq 11 and 12 over the pairs that the model answers.
 

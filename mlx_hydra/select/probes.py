@@ -1,9 +1,10 @@
 """Counterfactual pairs: a prompt, and the same prompt with its answer swapped in the text."""
 
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
+from itertools import zip_longest
 from pathlib import Path
 from typing import Optional, Union
 
@@ -11,6 +12,9 @@ from ..needles import Needles, encode
 
 CAPABILITIES = ("single", "multi_key")
 FIELDS = ("prompt", "answer", "counterfactual_prompt", "distractor")
+
+# What JSON can write, and UTF-8 and tokenizers cannot.
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Successive depths fall into the widest gap, however many there will be.
 GOLDEN_RATIO = (5**0.5 - 1) / 2
@@ -99,14 +103,11 @@ def builtin_pairs(tokenizer, context: int, count: int, seed: int) -> list[Pair]:
     return pairs
 
 
-def pairs_from_file(path: Union[str, Path], tokenizer, count: Optional[int] = None) -> list[Pair]:
-    """Pairs from a file of a JSON object a line.
+def pairs_from_file(path: Union[str, Path], tokenizer) -> list[Pair]:
+    """Pairs from a file of a JSON object a line, the capabilities in turns.
 
     An object has the strings prompt, answer, counterfactual_prompt and distractor, and may name a
     capability; answer and distractor begin with the space that sets them off, where there is one.
-
-    Args:
-        count: at most so many of each capability; all for None.
 
     Raises:
         ValueError: no such file, not UTF-8, no pair in it; or, with its line, one that is not as
@@ -118,21 +119,28 @@ def pairs_from_file(path: Union[str, Path], tokenizer, count: Optional[int] = No
         raise ValueError(f"--probes {path}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"--probes {path}: not UTF-8 text (byte {error.start}).") from error
-    pairs: dict[str, list[Pair]] = {}
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            pair = read_pair(line, tokenizer, f"--probes {path}, line {number}")
-            pairs.setdefault(pair.capability, []).append(pair)
+    # Not splitlines, for which a line may also end within a JSON string.
+    pairs = [
+        read_pair(line, tokenizer, f"--probes {path}, line {number}")
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
     if not pairs:
         raise ValueError(f"--probes {path}: it holds no probe.")
-    return list(take_turns([found[:count] for found in pairs.values()]))
+    return in_turns(pairs)
 
 
-def take_turns(lists: Iterable[list[Pair]]) -> Iterable[Pair]:
-    """One of each list, then the next of each, so that what is done first has all kinds."""
-    iterators = [iter(found) for found in lists]
-    while turn := [pair for iterator in iterators for pair in islice(iterator, 1)]:
-        yield from turn
+def in_turns(pairs: Iterable[Pair], count: Optional[int] = None) -> list[Pair]:
+    """One of each capability, then the next of each, so that what is done first has all kinds.
+
+    Args:
+        count: at most so many of each; all for None.
+    """
+    found: dict[str, list[Pair]] = {}
+    for pair in pairs:
+        found.setdefault(pair.capability, []).append(pair)
+    turns = zip_longest(*(of_kind[:count] for of_kind in found.values()))
+    return [pair for turn in turns for pair in turn if pair is not None]
 
 
 def read_pair(line: str, tokenizer, where: str) -> Pair:
@@ -148,6 +156,12 @@ def read_pair(line: str, tokenizer, where: str) -> Pair:
     capability = entry.get("capability", "probes")
     if not isinstance(capability, str):
         raise ValueError(f"{where}: capability={capability!r}: expected a text.")
+    for name in (*FIELDS, "capability"):
+        if half := SURROGATE.search(entry.get(name, "")):
+            raise ValueError(
+                f"{where}: {name} has {half[0]!r}, half of a character, at {half.start()}: "
+                "expected whole ones."
+            )
     prompt, other = (list(tokenizer.encode(entry[name])) for name in FIELDS[::2])
     answer, distractor = (encode(tokenizer, entry[name]) for name in FIELDS[1::2])
     for (name, first), (other_name, second) in (

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,18 @@ class State:
     Args:
         output: what the run will write in the end.
         settings: what the results depend on.
+        is_result: whether what was read back is a result of such a run.
 
     Raises:
         ValueError: an unfinished run of other settings is there, or a file that is none.
     """
 
-    def __init__(self, output: Path, settings: dict[str, Any]):
+    def __init__(
+        self,
+        output: Path,
+        settings: dict[str, Any],
+        is_result: Callable[[Any], bool] = lambda _: True,
+    ):
         self.path = output.parent / f".{output.name}.mlx_hydra-partial"
         self.results: dict[int, dict] = {}
         self._settings = settings
@@ -31,7 +37,7 @@ class State:
             return
         try:
             content = json.loads(self.path.read_text(encoding="utf-8"))
-            earlier = content["settings"]
+            earlier = dict(content["settings"])
             results = {int(number): result for number, result in content["results"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{self.path} is not an unfinished run: remove it.") from error
@@ -40,6 +46,11 @@ class State:
                 raise ValueError(
                     f"{self.path} holds an unfinished run with other settings: {name} was "
                     f"{earlier.get(name)!r}, now {value!r}. Finish it with those, or remove it."
+                )
+        for number, result in results.items():
+            if not is_result(result):
+                raise ValueError(
+                    f"{self.path}: what it has of probe {number} is damaged: remove it."
                 )
         self.results = results
 
