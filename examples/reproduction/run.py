@@ -26,8 +26,8 @@ import yaml
 from jobs import Job, Plan
 from prepare import RECIPE
 
-from mlx_hydra.checkpoints.writer import locked
 from mlx_hydra.cli import command
+from mlx_hydra.locks import locked
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
