@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from checkpoint_files import convert, heads_file, write_qwen3
 from tiny import write_tokenizer
 
@@ -59,6 +60,17 @@ def distill(path: Path, *options) -> Path:
     """Run the command; the folder of the run."""
     main(["--config", str(path), *map(str, options)])
     return Path(json.loads(path.read_text())["out"])
+
+
+def refusal(capfd, path: Path, *options) -> str:
+    """The one line that the command ends in."""
+    capfd.readouterr()
+    with pytest.raises(SystemExit) as error:
+        distill(path, *options)
+    assert error.value.code == 2
+    *_, line = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
 
 
 def figures(out: Path, *names: str) -> list[tuple[str, ...]]:

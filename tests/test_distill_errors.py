@@ -12,6 +12,7 @@ from distill_runs import (
     SIZES,
     distill,
     figures,
+    refusal,
     stage,
     write_config,
     write_models,
@@ -38,17 +39,6 @@ def models(folder, tmp_path):
     """Models and text of their own for a test that spoils them."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return tmp_path
-
-
-def refusal(capfd, path, *options) -> str:
-    """The one line that the command ends in."""
-    capfd.readouterr()
-    with pytest.raises(SystemExit) as error:
-        distill(path, *options)
-    assert error.value.code == 2
-    *_, line = capfd.readouterr().err.splitlines()
-    assert line.startswith("error: ")
-    return line
 
 
 @pytest.mark.parametrize(
@@ -197,21 +187,6 @@ def test_a_file_starts_from_a_preset(tmp_path):
     assert load_config(str(path), {}).stages[0].learning_rate == 1e-3
 
 
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_checkpoint(models, capfd):
-    wild = stage("logits", 6, optimizer="sgd", learning_rate=1e30, schedule="linear", clip=None)
-    path = write_config(models / "run.yaml", [stage("attention", 2), wild], save_every=100)
-    line = refusal(capfd, path)
-    kept = models / "run" / "checkpoints" / "step-00000002"
-    assert "stage 2, step 2: the loss is nan" in line
-    assert f"the last one is {kept}. Lower learning_rate" in line
-    assert leftovers(kept.parent) == {kept.name} and not (models / "run" / "model").exists()
-    assert all(mx.isfinite(w).all() for w in mx.load(str(kept / "model.safetensors")).values())
-    tame = {**wild, "learning_rate": 0.01}
-    out = distill(write_config(path, [stage("attention", 2), tame]))
-    assert "changed since: save_every, stages[1].learning_rate" in capfd.readouterr().err
-    assert figures(out, "stage") == [("1",)] * 2 + [("2",)] * 6
-
-
 def test_a_loss_that_is_no_number_at_once_is_told(models, capfd):
     write_models(models / "nan")
     (models / "nan" / "text.txt").write_text((models / "text.txt").read_text())
@@ -220,7 +195,7 @@ def test_a_loss_that_is_no_number_at_once_is_told(models, capfd):
     weights["model.norm.weight"] = mx.full(weights["model.norm.weight"].shape, float("nan"))
     mx.save_safetensors(str(file), weights)
     line = refusal(capfd, write_config(models / "nan" / "run.yaml", [stage("next_token")]))
-    assert "stage 1, step 1: the loss is nan; no checkpoint was written yet" in line
+    assert "stage 1, step 1: the loss is nan; there is no good checkpoint yet" in line
 
 
 def test_a_disk_that_fills_up_keeps_the_last_checkpoint(models, capfd, monkeypatch):

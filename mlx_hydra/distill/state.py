@@ -1,6 +1,7 @@
-"""What a run keeps on the disk: its newest checkpoint, and the model in the end."""
+"""What a run keeps on the disk: its last good checkpoint, and the model in the end."""
 
 import json
+import os
 import re
 import shutil
 from dataclasses import asdict, dataclass, field
@@ -69,33 +70,53 @@ class State:
 
 
 class Checkpoints:
-    """The newest checkpoint of a run, and none before it."""
+    """The newest checkpoint of a run and, until that one is proven, the one before it.
+
+    It is proven when the step after it found a finite loss and gradient with its weights.
+    """
 
     def __init__(self, out: Path):
         self.folder = out / "checkpoints"
+        self._proven: Optional[Path] = None
 
     def newest(self) -> Optional[Path]:
-        found = [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
-        return max(found, default=None)
+        return max(self._all(), default=None)
 
     def save(self, state: State, optimizer: optim.Optimizer) -> None:
-        """Write a checkpoint, whole or not at all, and remove those before it.
+        """Write a checkpoint, whole or not at all; the one before stays.
 
         Raises:
-            OSError: the disk is full; the one before is still there.
+            OSError: the disk is full.
         """
         arrays = {f"{WEIGHT}/{name}": w for name, w in state.weights.items()}
         for name, slots in optimizer.state.items():
             if isinstance(slots, dict):
                 arrays |= {f"{SLOT}/{slot}/{name}": value for slot, value in slots.items()}
-        path = self.folder / f"step-{state.steps:08d}"
-        with staged_folder(path) as folder:
+        with staged_folder(self.place(state)) as folder:
             write_arrays(folder, arrays)
             write_json(folder / STATE, state.position)
-        # What a killed run was about to write, too.
-        for other in (*self.folder.glob("step-*"), *self.folder.glob(".step-*")):
-            if other != path:
-                shutil.rmtree(other)
+
+    def keep_newest(self) -> None:
+        """Take the newest checkpoint as proven, and remove all else."""
+        self._proven = self.newest()
+        for path in self._all():
+            if path != self._proven:
+                discard(path)
+        # What a killed run was about to write, or to remove.
+        for path in self.folder.glob(".step-*"):
+            shutil.rmtree(path)
+
+    def drop_ruined(self, state: State) -> None:
+        """Remove the checkpoint of this very step, unless it is proven."""
+        path = self.place(state)
+        if path.exists() and path != self._proven:
+            discard(path)
+
+    def _all(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*") if NAME.fullmatch(path.name)]
+
+    def place(self, state: State) -> Path:
+        return self.folder / f"step-{state.steps:08d}"
 
     def load(self) -> State:
         """The newest checkpoint, or the start of a run.
@@ -106,6 +127,8 @@ class Checkpoints:
         path = self.newest()
         if path is None:
             return State()
+        if self._all() == [path]:
+            self._proven = path
         try:
             state = State(**json.loads((path / STATE).read_text(encoding="utf-8")))
             for shard in sorted(path.glob("*.safetensors")):
@@ -152,6 +175,14 @@ def check_same_run(state: State, config: Config, out: Path) -> list[str]:
     return changed
 
 
+def discard(path: Path) -> None:
+    """Remove a checkpoint so that no part of it is ever taken for one."""
+    hidden = path.with_name(f".{path.name}.removed")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(path, hidden)
+    shutil.rmtree(hidden)
+
+
 def write_arrays(folder: Path, arrays: Weights) -> None:
     specs = [TensorSpec(name, array.shape, array.dtype) for name, array in arrays.items()]
     with ShardWriter(folder, specs) as writer:
@@ -165,7 +196,7 @@ def save_model(path: Path, student: Student, weights: Weights) -> None:
     What was not trained is copied from the student to the bit.
 
     Raises:
-        ValueError: there is something at ``path``.
+        ValueError: there is something at ``path``, or a weight is not finite in its dtype.
         OSError: the disk is full; nothing is left behind.
     """
     reader = student.reader
@@ -179,6 +210,11 @@ def save_model(path: Path, student: Student, weights: Weights) -> None:
             for spec in specs:
                 trained = weights.get(spec.name)
                 array = reader.read(spec.name) if trained is None else trained.astype(spec.dtype)
+                if trained is not None and not mx.isfinite(array).all():
+                    raise ValueError(
+                        f"{path} is not written: {spec.name} is not finite in "
+                        f"{DTYPE_NAMES[spec.dtype]}. Lower learning_rate, and choose another out."
+                    )
                 writer.write(spec.name, array)
                 del array
         for pattern in ("config.json", *CARRIED):

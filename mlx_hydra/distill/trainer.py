@@ -57,7 +57,7 @@ class Run:
         """Run what is left of the stages, and write the model; its folder.
 
         Raises:
-            ValueError: the loss is not a number; the last checkpoint stays.
+            ValueError: the loss is not a number; the last good checkpoint stays.
             OSError: the disk is full; the last checkpoint stays.
         """
         model = self.out / MODEL
@@ -171,9 +171,11 @@ class Run:
 
     def _train_stage(self, stage: Stage, sequences: Sequences, losses: Optional[LossFile]) -> None:
         state = self.state
-        if state.step >= stage.steps:
+        last = state.stage + 1 == len(self.config.stages)
+        if state.step >= stage.steps and not last:
             return
-        self._check_data(sequences)
+        if state.step < stage.steps:
+            self._check_data(sequences)
         objective = self._objective(stage)
         trained = self._trained_weights(objective)
         optimizer = stage.make_optimizer()
@@ -209,6 +211,9 @@ class Run:
                     show(tokens, row)
                     if state.step == stage.steps or state.step % self.config.save_every == 0:
                         self.checkpoints.save(state, optimizer)
+        if last:
+            # No step follows that would show what the last update did to the weights.
+            self._gradients(stage, objective, names, sequences)
 
     def _trained_weights(self, objective) -> Weights:
         """The float32 weights of a stage, as the stages before left them.
@@ -232,6 +237,22 @@ class Run:
 
     def _step(self, stage, objective, trained, sequences, optimizer, update) -> dict[str, float]:
         """Train on the next sequences; the loss, its parts and the norm of the gradient."""
+        state = self.state
+        grads, figures = self._gradients(stage, objective, trained, sequences)
+        weights = {name: state.weights[name] for name in trained}
+        state.weights |= update(grads, weights)
+        state.step, state.steps = state.step + 1, state.steps + 1
+        # Their memory can then be that of what is made from them.
+        del weights, grads
+        mx.eval(state.weights, optimizer.state)
+        return figures
+
+    def _gradients(self, stage, objective, trained, sequences) -> tuple[Weights, dict[str, float]]:
+        """The clipped gradient on the next sequences; the loss, its parts, the gradient's norm.
+
+        Raises:
+            ValueError: the loss or the norm is not finite; the last good checkpoint is left.
+        """
         state, processes = self.state, self.processes
         weights = {name: state.weights[name] for name in trained}
         share = stage.batch_size // processes.size
@@ -254,21 +275,28 @@ class Run:
         for name in ("loss", "gradient_norm"):
             if not math.isfinite(figures[name]):
                 raise ValueError(self._not_finite(name, figures[name]))
-        state.weights |= update(grads, weights)
-        state.step, state.steps = state.step + 1, state.steps + 1
-        # Their memory can then be that of what is made from them.
-        del weights, grads
-        mx.eval(state.weights, optimizer.state)
-        return figures
+        if processes.first:
+            self.checkpoints.keep_newest()
+        return grads, figures
 
     def _not_finite(self, name: str, value: float) -> str:
+        state = self.state
+        if self.processes.first:
+            self.checkpoints.drop_ruined(state)
         kept = self.checkpoints.newest()
-        what = "no checkpoint was written yet" if kept is None else f"the last one is {kept}"
-        return (
-            f"stage {self.state.stage + 1}, step {self.state.step + 1}: the "
-            f"{name.replace('_', ' ')} is {value}; {what}. Lower learning_rate or clip, and run "
-            "the same command to go on from there."
-        )
+        cure = "Lower learning_rate or clip, and run the same command to go on from there."
+        if kept is None:
+            what = "there is no good checkpoint yet"
+            cure = "Lower learning_rate or clip, and run the same command to begin anew."
+        elif kept == self.checkpoints.place(state):
+            what = f"{kept} gives it at once"
+            cure = "Remove that checkpoint to begin anew, or choose another out."
+        else:
+            what = f"the last good checkpoint is {kept}"
+        over = state.step == self.config.stages[state.stage].steps
+        step = "after its last step" if over else f"step {state.step + 1}"
+        name = name.replace("_", " ")
+        return f"stage {state.stage + 1}, {step}: the {name} is {value}; {what}. {cure}"
 
 
 def add(a: Weights, b: Weights) -> Weights:

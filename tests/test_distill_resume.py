@@ -1,0 +1,118 @@
+"""What a run is taken up again from: a checkpoint that is good, and only by the same run."""
+
+import shutil
+
+import mlx.core as mx
+import pytest
+from checkpoint_files import leftovers
+from distill_runs import distill, figures, refusal, stage, write_config, write_models, write_text
+
+from mlx_hydra.distill.models import load_student
+from mlx_hydra.distill.objectives import NextToken
+from mlx_hydra.distill.state import Checkpoints, save_model
+
+PLAIN = {"optimizer": "sgd", "schedule": "linear", "clip": None}
+WILD = stage("logits", 6, learning_rate=1e30, **PLAIN)
+TAME = {**WILD, "learning_rate": 0.01}
+FIRST = stage("attention", 2)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distill")
+    write_models(folder)
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+def models(folder, tmp_path):
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def kept(path) -> set[str]:
+    return leftovers(path.with_suffix("") / "checkpoints")
+
+
+def stop_after_saving(monkeypatch, path, steps) -> None:
+    """Run until a checkpoint is written, and no further."""
+    save = Checkpoints.save
+
+    def save_and_stop(self, state, optimizer):
+        save(self, state, optimizer)
+        if state.steps == steps:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", save_and_stop)
+        with pytest.raises(SystemExit):
+            distill(path)
+
+
+@pytest.mark.parametrize("save_every", [1, 100])
+def test_a_loss_that_is_no_number_keeps_the_last_good_checkpoint(save_every, models, capfd):
+    """Also where the weights that gave it had been saved."""
+    path = write_config(models / "run.yaml", [FIRST, WILD], save_every=save_every)
+    line = refusal(capfd, path)
+    good = models / "run" / "checkpoints" / "step-00000002"
+    assert "stage 2, step 2: the loss is nan" in line
+    assert f"the last good checkpoint is {good}. Lower learning_rate" in line
+    assert kept(path) == {good.name} and not (models / "run" / "model").exists()
+    out = distill(write_config(path, [FIRST, TAME], save_every=50))
+    assert "changed since: save_every, stages[1].learning_rate" in capfd.readouterr().err
+    assert figures(out, "stage") == [("1",)] * 2 + [("2",)] * 6
+    assert kept(path) == {"step-00000008"}
+
+
+def test_a_ruined_checkpoint_is_told_after_a_kill_too(models, capfd, monkeypatch):
+    path = write_config(models / "run.yaml", [FIRST, WILD], save_every=1)
+    stop_after_saving(monkeypatch, path, 3)
+    assert kept(path) == {"step-00000002", "step-00000003"}
+    assert "stage 2, step 2: the loss is nan; the last good" in refusal(capfd, path)
+    assert kept(path) == {"step-00000002"}
+
+
+def test_the_end_of_a_stage_is_proven_by_the_next(models, capfd, monkeypatch):
+    path = write_config(models / "run.yaml", [FIRST, TAME], save_every=1)
+    stop_after_saving(monkeypatch, path, 2)
+    assert kept(path) == {"step-00000001", "step-00000002"}
+    gradients = NextToken.gradients
+
+    def none(*args):
+        grads, loss = gradients(*args)
+        return grads, {**loss, "loss": mx.array(mx.nan)}
+
+    monkeypatch.setattr(NextToken, "gradients", none)
+    assert "stage 2, step 1: the loss is nan; the last good" in refusal(capfd, path)
+    assert kept(path) == {"step-00000001"}
+
+
+def test_a_proven_checkpoint_is_not_removed(models, capfd, monkeypatch):
+    path = write_config(models / "run.yaml", [WILD], save_every=1)
+    stop_after_saving(monkeypatch, path, 1)
+    # Nothing tells the only checkpoint from a good one.
+    line = refusal(capfd, path)
+    assert f"{models / 'run' / 'checkpoints' / 'step-00000001'} gives it at once. Remove" in line
+    assert kept(path) == {"step-00000001"}
+
+
+@pytest.mark.parametrize("before", [[], [FIRST]])
+def test_no_model_is_made_of_an_update_that_ruined_it(before, models, capfd):
+    last = {**WILD, "tokens": 64}
+    path = write_config(models / "run.yaml", [*before, last])
+    line = refusal(capfd, path)
+    assert f"stage {len(before) + 1}, after its last step: the " in line and " is nan; " in line
+    assert kept(path) == ({"step-00000002"} if before else set())
+    assert not (models / "run" / "model").exists()
+    out = distill(write_config(path, [*before, {**last, "learning_rate": 0.01}]))
+    assert (out / "model").exists()
+
+
+def test_a_model_that_is_not_finite_is_not_written(models):
+    student = load_student(str(models / "student"))
+    for value in (float("inf"), float("nan")):
+        weights = {"model.norm.weight": mx.full((32,), value)}
+        with pytest.raises(ValueError, match=r"model\.norm\.weight is not finite in F32"):
+            save_model(models / "saved", student, weights)
+    assert not leftovers(models, "student", "teacher", "heads.json", "text.txt")
