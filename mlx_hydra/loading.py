@@ -34,9 +34,16 @@ FETCHED = (
 )
 
 # What a tokenizer's tokens depend on, whichever tokenizer it is.
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt", "*.tiktoken")
-# What it puts around a text depends on these, too.
-TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+    "*.tiktoken",
+)
 
 # mlx-lm 0.31, the last for Python 3.10, runs a model's own file unasked; read_config does ask.
 ASKS_FOR_TRUST = "trust_remote_code" in inspect.signature(mlx_lm.utils.load_model).parameters
@@ -202,8 +209,7 @@ def fingerprint(path: Path, adapter_path: Optional[str] = None) -> str:
 
 def tokenizer_fingerprint(path: Path) -> str:
     """What tells a model's tokenizer from others: a hash of its files, as :func:`fingerprint`."""
-    patterns = (*TOKENIZER_FILES, *TOKENIZER_SETTINGS)
-    return hash_of([file for pattern in patterns for file in sorted(path.glob(pattern))])
+    return hash_of([file for name in TOKENIZER_FILES for file in sorted(path.glob(name))])
 
 
 def hash_of(files: Iterable[Path]) -> str:

@@ -1,11 +1,22 @@
 """What a run is taken up again from: a checkpoint that is good, and only by the same run."""
 
+import json
 import shutil
 
 import mlx.core as mx
 import pytest
-from checkpoint_files import leftovers
-from distill_runs import distill, figures, refusal, stage, write_config, write_models, write_text
+from checkpoint_files import convert, heads_file, leftovers, write_qwen3
+from distill_runs import (
+    SIZES,
+    distill,
+    figures,
+    refusal,
+    stage,
+    write_config,
+    write_models,
+    write_text,
+)
+from tiny import write_tokenizer
 
 from mlx_hydra.distill.models import load_student
 from mlx_hydra.distill.objectives import NextToken
@@ -116,3 +127,95 @@ def test_a_model_that_is_not_finite_is_not_written(models):
         with pytest.raises(ValueError, match=r"model\.norm\.weight is not finite in F32"):
             save_model(models / "saved", student, weights)
     assert not leftovers(models, "student", "teacher", "heads.json", "text.txt")
+
+
+STAGES = [FIRST, stage("logits", 2)]
+
+
+def reconvert(models) -> None:
+    """As many heads as before, but others."""
+    shutil.rmtree(models / "student")
+    heads = heads_file(models / "other.json", [[2], [0, 1, 2, 3], [0, 3]], 4)
+    convert(models / "teacher", models / "student", "--heads", heads)
+
+
+def replace_teacher(models) -> None:
+    shutil.rmtree(models / "teacher")
+    write_qwen3(models / "teacher", seed=99, **SIZES)
+    write_tokenizer(models / "teacher")
+
+
+def change_tokenizer(models) -> None:
+    path = models / "student" / "tokenizer_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "add_prefix_space": True}))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    "change, name, place",
+    [
+        (reconvert, "student", "student"),
+        (replace_teacher, "teacher", "teacher"),
+        (change_tokenizer, "tokenizer", "student"),
+    ],
+)
+def test_another_model_at_the_same_place_is_refused(change, name, place, finished, models, capfd):
+    path = write_config(models / "run.yaml", STAGES)
+    out = distill(path)
+    if not finished:
+        shutil.rmtree(out / "model")
+    change(models)
+    line = refusal(capfd, path)
+    assert f"{out} holds a run with another {name}: its files in {models / place} have" in line
+
+
+def test_a_model_that_was_moved_back_or_copied_is_the_same(models):
+    path = write_config(models / "run.yaml", STAGES)
+    shutil.rmtree(distill(path) / "model")
+    for name in ("student", "teacher"):
+        shutil.copytree(models / name, models / "copy", copy_function=shutil.copyfile)
+        shutil.rmtree(models / name)
+        (models / "copy").rename(models / name)
+    assert (distill(path) / "model").exists()
+
+
+def test_a_finished_run_is_not_taken_for_another(models, capfd):
+    path = write_config(models / "run.yaml", STAGES)
+    out = distill(path)
+    saved = (out / "model" / "model.safetensors").read_bytes()
+
+    def line(stages=STAGES, **changes):
+        return refusal(capfd, write_config(path, stages, **changes))
+
+    assert "holds a run with seed=0, not 5: give that again, or another out" in line(seed=5)
+    assert "stages[1].objective='logits', not 'next_token'" in line([FIRST, stage("next_token")])
+    told = f"{out} holds a finished run with other"
+    assert f"{told} stages[0].objective: give those again" in line([STAGES[1]] * 2)
+    assert f"{told} data: give those again" in line(data=str(models / "heads.json"))
+    more = [*STAGES, stage("next_token", 2)]
+    assert f"{told} stages: give those again or another out, or remove its model" in line(more)
+    free = [{**s, "micro_batch": 1} for s in STAGES]
+    distill(write_config(path, free, save_every=7, grad_checkpoint=False))
+    assert "nothing is left to do" in capfd.readouterr().err
+    assert (out / "model" / "model.safetensors").read_bytes() == saved
+    shutil.rmtree(out / "model")
+    assert len(figures(distill(write_config(path, more)), "loss")) == 6
+
+
+@pytest.mark.parametrize("config", [None, {}])
+def test_a_state_that_tells_less_is_gone_on_from(config, models, capfd):
+    """As versions before wrote it."""
+    path = write_config(models / "run.yaml", STAGES)
+    out = distill(path)
+    state = out / "checkpoints" / "step-00000004" / "state.json"
+    content = json.loads(state.read_text())
+    assert set(content.pop("models")) == {"student", "tokenizer", "teacher"}
+    if config is not None:
+        content["config"] = config
+    state.write_text(json.dumps(content))
+    distill(path)
+    assert "nothing is left to do" in capfd.readouterr().err
+    shutil.rmtree(out / "model")
+    distill(path)
+    reconvert(models)
+    assert "with another student" in refusal(capfd, path)

@@ -1,8 +1,8 @@
 """The student and its teacher: loaded, and checked against each other."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -12,7 +12,14 @@ from ..checkpoints.migrate import RECIPES
 from ..checkpoints.reader import CheckpointReader
 from ..config import MODEL_TYPE, FullAttentionArgs, ModelArgs
 from ..hub import find_folder
-from ..loading import FETCHED, TOKENIZER_FILES, load_model, load_tokenizer, read_config
+from ..loading import (
+    FETCHED,
+    fingerprint,
+    load_model,
+    load_tokenizer,
+    read_config,
+    tokenizer_fingerprint,
+)
 from ..models.hydrahead import Model, may_cast
 
 # What the hidden states depend on, and what the logits do.
@@ -31,15 +38,6 @@ class Student:
     @property
     def args(self) -> ModelArgs:
         return self.model.args
-
-    @property
-    def fingerprint(self) -> str:
-        """What tells its tokenizer from others."""
-        digest = hashlib.sha256()
-        for pattern in TOKENIZER_FILES:
-            for path in sorted(self.reader.folder.glob(pattern)):
-                digest.update(path.read_bytes())
-        return digest.hexdigest()
 
     def hybrid_layers(self) -> list[int]:
         """The layers whose attention is not the teacher's own."""
@@ -97,6 +95,15 @@ def load_teacher(path: str, student: Student, sizes: tuple[str, ...], dtype: mx.
     teacher.freeze()
     teacher.set_dtype(dtype)
     return teacher
+
+
+def fingerprints(student: Student, teacher: Optional[str]) -> dict[str, str]:
+    """What tells the models of a run from others, whatever their paths: hashes of their files."""
+    folder = student.reader.folder
+    found = {"student": fingerprint(folder), "tokenizer": tokenizer_fingerprint(folder)}
+    if teacher is not None:
+        found["teacher"] = fingerprint(find_folder("teacher", teacher, FETCHED))
+    return found
 
 
 def cast(name: str, weight: mx.array, dtype: mx.Dtype) -> mx.array:

@@ -23,6 +23,7 @@ from ..checkpoints.writer import (
 from ..convert import CARRIED, SHIM_TEXT
 from .config import Config
 from .models import Student
+from .report import naming
 
 Weights = dict[str, mx.array]
 
@@ -36,6 +37,9 @@ WEIGHT, SLOT = "weight", "optimizer"
 FIXED = ("student", "teacher", "dtype", "seed")
 FIXED_IN_STAGE = ("objective", "length", "batch_size", "optimizer", "optimizer_config")
 
+# What makes no other model.
+FREE = ("out", "save_every", "grad_checkpoint", "micro_batch")
+
 
 @dataclass
 class State:
@@ -45,6 +49,7 @@ class State:
     steps: those of all stages.
     checksum: of the stage's tokens.
     config: of the run, as it was.
+    models: fingerprints of the student, its tokenizer and the teacher.
     weights: float32, all that have been trained so far.
     slots: the optimizer's arrays of each weight, as a checkpoint had them.
     """
@@ -54,12 +59,13 @@ class State:
     steps: int = 0
     checksum: Optional[int] = None
     config: dict = field(default_factory=dict)
+    models: dict[str, str] = field(default_factory=dict)
     weights: Weights = field(default_factory=dict)
     slots: dict[str, Weights] = field(default_factory=dict)
 
     @property
     def position(self) -> dict[str, Any]:
-        names = ("stage", "step", "steps", "checksum", "config")
+        names = ("stage", "step", "steps", "checksum", "config", "models")
         return {name: getattr(self, name) for name in names}
 
     def hand_to(self, optimizer: optim.Optimizer) -> None:
@@ -118,8 +124,16 @@ class Checkpoints:
     def place(self, state: State) -> Path:
         return self.folder / f"step-{state.steps:08d}"
 
-    def load(self) -> State:
-        """The newest checkpoint, or the start of a run.
+    def record(self, state: State) -> None:
+        """Have the newest checkpoint say which run it is of in the end."""
+        path = self.newest() / STATE
+        partial = path.with_name(f".{STATE}")
+        with naming(path):
+            write_json(partial, state.position)
+            os.replace(partial, path)
+
+    def load(self, arrays: bool = True) -> State:
+        """The newest checkpoint, or the start of a run; without weights where none are asked for.
 
         Raises:
             ValueError: it cannot be read.
@@ -131,7 +145,7 @@ class Checkpoints:
             self._proven = path
         try:
             state = State(**json.loads((path / STATE).read_text(encoding="utf-8")))
-            for shard in sorted(path.glob("*.safetensors")):
+            for shard in sorted(path.glob("*.safetensors")) if arrays else ():
                 for key, value in mx.load(str(shard)).items():
                     kind, _, name = key.partition("/")
                     if kind == WEIGHT:
@@ -148,19 +162,24 @@ class Checkpoints:
         return state
 
 
-def check_same_run(state: State, config: Config, out: Path) -> list[str]:
+def check_same_run(state: State, config: Config, models: dict[str, str], out: Path) -> list[str]:
     """The fields that differ from those of the run that left this state.
 
+    What an older state does not tell is taken to be the same.
+
     Raises:
-        ValueError: one whose change would make another run of it.
+        ValueError: one whose change would make another run of it, or another model at its place.
     """
     before, now = state.config, asdict(config)
-    changed = [name for name in now if name != "stages" and now[name] != before.get(name)]
+    stages = before.get("stages", now["stages"])
+    changed = [name for name in differing(before, now) if name != "stages"]
     refused = [(name, before[name], now[name]) for name in FIXED if name in changed]
+    if len(now["stages"]) != len(stages):
+        changed.append("stages")
     if len(now["stages"]) <= state.stage:
-        refused.append(("stages", f"{len(before['stages'])} stages", len(now["stages"])))
-    for number, (old, new) in enumerate(zip(before["stages"], now["stages"])):
-        names = [name for name in new if new[name] != old.get(name)]
+        refused.append(("stages", f"{len(stages)} stages", len(now["stages"])))
+    for number, (old, new) in enumerate(zip(stages, now["stages"])):
+        names = differing(old, new)
         changed += [f"stages[{number}].{name}" for name in names]
         if number == state.stage:
             refused += [
@@ -172,7 +191,28 @@ def check_same_run(state: State, config: Config, out: Path) -> list[str]:
         raise ValueError(
             f"{out} holds a run with {name}={old!r}, not {new!r}: give that again, or another out."
         )
+    for name in differing(state.models, models):
+        raise ValueError(
+            f"{out} holds a run with another {name}: its files in "
+            f"{config.teacher if name == 'teacher' else config.student} have changed since. Bring "
+            "them back, or choose another out."
+        )
     return changed
+
+
+def check_finished(state: State, config: Config, models: dict[str, str], out: Path) -> None:
+    """Raise a ValueError if a finished run would have made another model of this config."""
+    changed = check_same_run(state, config, models, out)
+    other = [name for name in changed if name.rpartition(".")[2] not in FREE]
+    if other:
+        raise ValueError(
+            f"{out} holds a finished run with other {', '.join(other)}: give those again or "
+            "another out, or remove its model to go on."
+        )
+
+
+def differing(before: dict, now: dict) -> list[str]:
+    return [name for name in now if now[name] != before.get(name, now[name])]
 
 
 def discard(path: Path) -> None:

@@ -15,11 +15,11 @@ import mlx.optimizers as optim
 from ..locks import locked
 from .config import Config, Stage
 from .data import Sequences, tokens_file
-from .models import HIDDEN_SIZES, LOGIT_SIZES, load_student, load_teacher
+from .models import HIDDEN_SIZES, LOGIT_SIZES, fingerprints, load_student, load_teacher
 from .objectives import Attention, NextToken
 from .parallel import Processes
 from .report import LossFile, training_progress
-from .state import Checkpoints, State, check_same_run, save_model
+from .state import Checkpoints, State, check_finished, check_same_run, save_model
 
 Weights = dict[str, mx.array]
 
@@ -57,12 +57,15 @@ class Run:
         """Run what is left of the stages, and write the model; its folder.
 
         Raises:
-            ValueError: the loss is not a number; the last good checkpoint stays.
+            ValueError: the loss is not a number, and the last good checkpoint stays; or the
+                folder holds another run.
             OSError: the disk is full; the last checkpoint stays.
         """
         model = self.out / MODEL
         done = {"done": mx.array(int(model.exists()))}
         if self.processes.from_first(done)["done"].item():
+            if self.processes.first:
+                self._check_finished()
             self.note(f"{model} is there already: nothing is left to do.")
             return model
         self.out.mkdir(parents=True, exist_ok=True)
@@ -70,6 +73,7 @@ class Run:
         with lock, self.processes.told_apart():
             self._train_stages()
             if self.processes.first:
+                self.checkpoints.record(self.state)
                 save_model(model, self.student, self.state.weights)
             self.processes.wait()
         return model
@@ -104,16 +108,25 @@ class Run:
         if longest > positions:
             self.note(f"length {longest:,}: the model is made for {positions:,} tokens.")
 
+    def _fingerprints(self) -> dict[str, str]:
+        return fingerprints(self.student, None if self.teacher is None else self.config.teacher)
+
+    def _check_finished(self) -> None:
+        state = self.checkpoints.load(arrays=False)
+        if state.steps:
+            check_finished(state, self.config, self._fingerprints(), self.out)
+
     def _resume(self) -> None:
         if self.processes.first:
-            self.state = self.checkpoints.load()
+            self.state, models = self.checkpoints.load(), self._fingerprints()
             if self.state.steps:
-                changed = check_same_run(self.state, self.config, self.out)
+                changed = check_same_run(self.state, self.config, models, self.out)
                 also = f"; changed since: {', '.join(changed)}" if changed else ""
                 self.note(
                     f"{self.out}: going on after step {self.state.step} of stage "
                     f"{self.state.stage + 1}{also}."
                 )
+            self.state.models = models
         state = self.state
         place = mx.array([state.stage, state.step, state.steps, state.checksum or 0], mx.uint32)
         given = self.processes.from_first({"place": place})["place"].tolist()
