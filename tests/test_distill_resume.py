@@ -219,3 +219,33 @@ def test_a_state_that_tells_less_is_gone_on_from(config, models, capfd):
     distill(path)
     reconvert(models)
     assert "with another student" in refusal(capfd, path)
+
+
+def test_a_stage_under_way_ends_early_but_is_not_made_longer(models, capfd, monkeypatch):
+    def config(steps, **changes):
+        return write_config(models / "run.yaml", [stage("next_token", steps)], **changes)
+
+    stop_after_saving(monkeypatch, config(6, save_every=2), 2)
+    told = "the data is not what stage 1 was begun with, when its tokens were 384: give the same"
+    for steps in (4, 8):
+        assert told in refusal(capfd, config(steps))
+    path = config(2)
+    out = distill(path)
+    assert len(figures(out, "loss")) == 2
+    distill(path)
+    assert "nothing is left to do" in capfd.readouterr().err
+    assert "holds a finished run with other stages[0].tokens" in refusal(capfd, config(6))
+
+
+def test_a_stage_that_has_all_of_the_text_is_made_longer(models, monkeypatch):
+    write_text(models / "text.txt", words=100)
+    schedule = {"schedule": "constant", "warmup": 0}
+    paths = [
+        write_config(models / f"{name}.yaml", [stage("next_token", 6, **schedule)], save_every=2)
+        for name in ("whole", "longer")
+    ]
+    whole = distill(paths[0])
+    write_config(paths[1], [stage("next_token", 4, **schedule)], save_every=2)
+    stop_after_saving(monkeypatch, paths[1], 2)
+    write_config(paths[1], [stage("next_token", 6, **schedule)])
+    assert figures(distill(paths[1]), "step", "loss") == figures(whole, "step", "loss")

@@ -162,8 +162,10 @@ class Checkpoints:
         return state
 
 
-def check_same_run(state: State, config: Config, models: dict[str, str], out: Path) -> list[str]:
-    """The fields that differ from those of the run that left this state.
+def check_same_run(
+    state: State, config: Config, models: dict[str, str], out: Path
+) -> dict[str, Any]:
+    """The fields that differ from those of the run that left this state, and what they were.
 
     What an older state does not tell is taken to be the same.
 
@@ -172,15 +174,15 @@ def check_same_run(state: State, config: Config, models: dict[str, str], out: Pa
     """
     before, now = state.config, asdict(config)
     stages = before.get("stages", now["stages"])
-    changed = [name for name in differing(before, now) if name != "stages"]
+    changed = {name: before[name] for name in differing(before, now) if name != "stages"}
     refused = [(name, before[name], now[name]) for name in FIXED if name in changed]
     if len(now["stages"]) != len(stages):
-        changed.append("stages")
+        changed["stages"] = stages
     if len(now["stages"]) <= state.stage:
         refused.append(("stages", f"{len(stages)} stages", len(now["stages"])))
     for number, (old, new) in enumerate(zip(stages, now["stages"])):
         names = differing(old, new)
-        changed += [f"stages[{number}].{name}" for name in names]
+        changed |= {f"stages[{number}].{name}": old[name] for name in names}
         if number == state.stage:
             refused += [
                 (f"stages[{number}].{name}", old[name], new[name])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -51,6 +51,7 @@ class Run:
         self._load_teacher(config.stages)
         self.checkpoints = Checkpoints(self.out)
         self.state = State()
+        self._changed: dict[str, Any] = {}
         self._longest_sequences()
 
     def train(self) -> Path:
@@ -121,6 +122,7 @@ class Run:
             self.state, models = self.checkpoints.load(), self._fingerprints()
             if self.state.steps:
                 changed = check_same_run(self.state, self.config, models, self.out)
+                self._changed = changed
                 also = f"; changed since: {', '.join(changed)}" if changed else ""
                 self.note(
                     f"{self.out}: going on after step {self.state.step} of stage "
@@ -176,9 +178,11 @@ class Run:
         checksum = sequences.checksum()
         self.processes.expect_same(checksum, "data")
         if self.state.checksum not in (None, checksum):
+            tokens = self._changed.get(f"stages[{self.state.stage}].tokens")
+            why = "" if tokens is None else f", when its tokens were {tokens:,}"
             raise ValueError(
-                f"{self.out}: the data is not what stage {self.state.stage + 1} was begun with: "
-                "give the same, or another out."
+                f"{self.out}: the data is not what stage {self.state.stage + 1} was begun with"
+                f"{why}: give the same, or another out."
             )
         self.state.checksum = checksum
 
