@@ -69,6 +69,43 @@ def test_a_data_set_is_streamed(tokenizer, monkeypatch):
         tokens([source], tokenizer)
 
 
+@pytest.mark.parametrize(
+    "error, reason",
+    [
+        (OSError("connection lost"), "connection lost"),
+        (KeyError("validation"), "KeyError 'validation'"),
+        (RuntimeError(), "RuntimeError"),
+    ],
+)
+def test_a_data_set_that_fails_is_named(error, reason, tmp_path, tokenizer, monkeypatch):
+    def rows():
+        yield {"text": "w1 w2"}
+        raise error
+
+    def fail(*args, **options):
+        raise error
+
+    fake = types.SimpleNamespace(load_dataset=lambda *args, **options: rows())
+    monkeypatch.setitem(sys.modules, "datasets", fake)
+    known = tmp_path / "data", [Source(dataset="owner/set")], tokenizer, VOCABULARY, 100, "x"
+    with pytest.raises(ValueError) as told:
+        tokens_file(*known)
+    assert str(told.value) == f"data: dataset owner/set breaks off at row 1: {reason}"
+    fake.load_dataset = fail
+    with pytest.raises(ValueError) as told:
+        tokens_file(*known)
+    assert str(told.value) == f"data: dataset owner/set cannot be loaded: {reason}"
+    assert list((tmp_path / "data").iterdir()) == []
+
+
+def test_a_folder_is_no_text(tmp_path, tokenizer):
+    for name in ("text", "text.jsonl"):
+        (tmp_path / name).mkdir()
+        source = Source(str(tmp_path / name))
+        with pytest.raises(ValueError, match=rf"^data .*/{name}: Is a directory\.$"):
+            tokens_file(tmp_path / "data", [source], tokenizer, VOCABULARY, 100, "x")
+
+
 def test_a_data_set_needs_its_package(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="needs the package datasets: pip install datasets"):
@@ -87,6 +124,12 @@ def test_a_data_set_needs_its_package(tokenizer, monkeypatch):
         ("a.jsonl", b'{"body": "w1", "id": 1}', "line 1 has no text in 'text'; it has body, id"),
         ("a.jsonl", b'{"text": 5}', "line 1 has no text in 'text'"),
         ("a.jsonl", b"[1]", "line 1 has no text in 'text': set field"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "w1"}\n{"text": "w1 \\ud800"}',
+            "line 2: character 3 of 'text' is half a surrogate pair (U+D800), which is no text",
+        ),
         (None, None, "a.txt: No such file or directory."),
     ],
 )

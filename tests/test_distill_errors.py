@@ -117,6 +117,21 @@ def test_data_of_a_later_stage_is_read_before_the_first(models, capfd):
             "optimizer_config='beta': expected one of betas, eps, weight_decay",
         ),
         ({"stages": [stage("logits", optimizer_config=5)]}, "options and their values"),
+        *(
+            (
+                {"stages": [stage("logits", optimizer=optimizer, optimizer_config=options)]},
+                f"stages[0]: optimizer_config={options!r} does not fit {optimizer!r}: ",
+            )
+            for optimizer, options in (
+                ("adamw", {"betas": 0.9}),
+                ("adamw", {"betas": [0.9]}),
+                ("adam", {"eps": None}),
+                ("lion", {"weight_decay": "x"}),
+                ("muon", {"ns_steps": "5"}),
+                ("sgd", {"momentum": "x"}),
+                ("sgd", {"weight_decay": 1e39}),
+            )
+        ),
         ({"stages": [stage("logits", learning_rate="fast")]}, "learning_rate='fast': expected"),
         ({"stages": [stage("logits", clip=0)]}, "clip=0: expected a number over 0, or null"),
         ({"stages": [stage("logits", warmup=2)]}, "warmup=2: expected a share"),
@@ -242,6 +257,16 @@ def test_losses_that_cannot_be_written_are_told(at, models, capfd, monkeypatch):
     assert not leftovers(models / "run", "losses.csv", "data")
 
 
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"stage,loss\n1,\xff\n"])
+def test_losses_of_something_else_are_left_alone(content, models, capfd):
+    path = models / "run" / "losses.csv"
+    path.parent.mkdir()
+    path.write_bytes(content)
+    line = refusal(capfd, write_config(models / "run.yaml", [stage("attention", 1)]))
+    assert f"{path} is not of a distillation: move it away, or choose another out." in line
+    assert path.read_bytes() == content
+
+
 def test_another_run_in_the_same_folder_is_refused(models, capfd):
     stages = [stage("attention", 2), stage("next_token", 2)]
     path = write_config(models / "run.yaml", stages)
@@ -293,6 +318,9 @@ def test_the_losses_are_drawn(models, capfd):
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     assert "losses.png" in capfd.readouterr().out
     assert leftovers(out) == {"checkpoints", "data", "losses.csv", "losses.png", "model"}
+    (out / "losses.csv").rename(out / "moved.csv")
+    assert f"{out / 'losses.csv'}: there are no losses to draw." in refusal(capfd, path, "--plot")
+    (out / "moved.csv").rename(out / "losses.csv")
     with pytest.raises(OSError, match="No such file or directory"):
         report.plot_losses(out / "losses.csv", out / "nowhere" / "losses.png")
 

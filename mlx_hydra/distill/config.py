@@ -127,8 +127,23 @@ class Stage:
         options.remove("learning_rate")
         for name in self.optimizer_config:
             expect_choice("optimizer_config", name, options)
+        self._try_optimizer()
         if self.data is not None:
             object.__setattr__(self, "data", read_sources(self.data))
+
+    def _try_optimizer(self) -> None:
+        # mlx.optimizers does not look at the options before the first update.
+        try:
+            optimizer = OPTIMIZERS[self.optimizer](1e-3, **self.optimizer_config)
+            found = optimizer.apply_gradients({"w": mx.ones((2, 2))}, {"w": mx.ones((2, 2))})
+            holds, reason = mx.isfinite(found["w"]).all().item(), "its update is not finite"
+        except (TypeError, ValueError, AttributeError) as error:
+            holds, reason = False, str(error).split("\n")[0]
+        if not holds:
+            raise ValueError(
+                f"optimizer_config={self.optimizer_config!r} does not fit {self.optimizer!r}: "
+                f"{reason}."
+            )
 
     @property
     def steps(self) -> int:

@@ -1,15 +1,17 @@
 """Text to sequences of tokens, all of one length, whose order follows from a seed."""
 
 import codecs
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import uuid
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -34,19 +36,24 @@ def documents(source: Source) -> Iterator[Iterator[str]]:
         yield from of_dataset(source)
         return
     path = Path(source.file).expanduser()
+    if path.suffix in JSONL:
+        yield from of_jsonl(path, source.field)
+    else:
+        yield pieces_of_text(path)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A text file, and its name in an error of the disk."""
     try:
-        if path.stat().st_size == 0:
-            raise ValueError(f"data {path}: it is empty.")
-        if path.suffix in JSONL:
-            yield from of_jsonl(path, source.field)
-        else:
-            yield pieces_of_text(path)
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise ValueError(f"data {path}: {error.strerror}.") from error
 
 
 def pieces_of_text(path: Path) -> Iterator[str]:
-    with open(path, "rb") as file:
+    with opened(path) as file:
         start, empty = 0, True
         while lines := file.readlines(PIECE_BYTES):
             raw = b"".join(lines)
@@ -60,7 +67,7 @@ def pieces_of_text(path: Path) -> Iterator[str]:
 
 def of_jsonl(path: Path, field: str) -> Iterator[Iterator[str]]:
     start, empty = 0, True
-    with open(path, "rb") as file:
+    with opened(path) as file:
         for number, raw in enumerate(file, start=1):
             line = decode(raw, start, path)
             start += len(raw)
@@ -68,7 +75,7 @@ def of_jsonl(path: Path, field: str) -> Iterator[Iterator[str]]:
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"data {path}: line {number} is not JSON ({error}).") from error
             empty = False
             yield iter([text_of(row, field, f"data {path}: line {number}")])
@@ -83,15 +90,28 @@ def of_dataset(source: Source) -> Iterator[Iterator[str]]:
         raise ValueError(
             f"data: {source} needs the package datasets: pip install datasets."
         ) from error
-    try:
-        rows = datasets.load_dataset(
-            source.dataset, source.name, split=source.split, streaming=True
+    with failing_as(f"data: {source} cannot be loaded"):
+        rows = iter(
+            datasets.load_dataset(source.dataset, source.name, split=source.split, streaming=True)
         )
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise ValueError(f"data: {source} cannot be loaded: {reason}") from error
-    for number, row in enumerate(rows):
+    for number in itertools.count():
+        with failing_as(f"data: {source} breaks off at row {number}"):
+            row = next(rows, None)
+        if row is None:
+            return
         yield iter([text_of(row, source.field, f"data: {source}, row {number}")])
+
+
+@contextlib.contextmanager
+def failing_as(what: str) -> Iterator[None]:
+    """Make any error of a data set, whose loader may raise all kinds of them, one of the text."""
+    try:
+        yield
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        if not reason or not isinstance(error, (OSError, ValueError)):
+            reason = f"{type(error).__name__} {reason}".strip()
+        raise ValueError(f"{what}: {reason}") from error
 
 
 def decode(raw: bytes, start: int, path: Path) -> str:
@@ -110,6 +130,13 @@ def text_of(row: Any, field: str, where: str) -> str:
     if not isinstance(row, dict) or not isinstance(text := row.get(field), str):
         there = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
         raise ValueError(f"{where} has no text in {field!r}{there}: set field in data.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{where}: character {error.start} of {field!r} is half a surrogate pair "
+            f"(U+{ord(text[error.start]):04X}), which is no text: mend or remove it."
+        ) from error
     return text
 
 

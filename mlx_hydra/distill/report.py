@@ -70,11 +70,21 @@ def naming(path: Path) -> Iterator[None]:
 
 
 def read_losses(path: Path) -> list[dict[str, str]]:
-    """The whole lines of a losses.csv; none where there is no such file."""
+    """The whole lines of a losses.csv; none where there is no such file.
+
+    Raises:
+        ValueError: it is a file of something else.
+    """
     if not path.exists():
         return []
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row for row in csv.DictReader(file) if row["peak_memory_bytes"]]
+    try:
+        with naming(path), open(path, newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if tuple(reader.fieldnames or COLUMNS) == COLUMNS:
+                return [row for row in reader if row["peak_memory_bytes"]]
+    except (UnicodeDecodeError, csv.Error):
+        pass
+    raise ValueError(f"{path} is not of a distillation: move it away, or choose another out.")
 
 
 @contextmanager
@@ -135,9 +145,15 @@ def import_pyplot():
 
 
 def plot_losses(source: Path, picture: Path) -> None:
-    """Draw the losses of a losses.csv over the tokens, a panel for each stage."""
+    """Draw the losses of a losses.csv over the tokens, a panel for each stage.
+
+    Raises:
+        ValueError: there are none.
+    """
     pyplot = import_pyplot()
     rows = read_losses(source)
+    if not rows:
+        raise ValueError(f"{source}: there are no losses to draw.")
     stages = sorted({int(row["stage"]) for row in rows})
     figure, panels = pyplot.subplots(
         1, len(stages), figsize=(4 * len(stages), 3), squeeze=False, layout="constrained"

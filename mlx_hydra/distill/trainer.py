@@ -121,9 +121,8 @@ class Run:
         if self.processes.first:
             self.state, models = self.checkpoints.load(), self._fingerprints()
             if self.state.steps:
-                changed = check_same_run(self.state, self.config, models, self.out)
-                self._changed = changed
-                also = f"; changed since: {', '.join(changed)}" if changed else ""
+                self._changed = check_same_run(self.state, self.config, models, self.out)
+                also = f"; changed since: {', '.join(self._changed)}" if self._changed else ""
                 self.note(
                     f"{self.out}: going on after step {self.state.step} of stage "
                     f"{self.state.stage + 1}{also}."
