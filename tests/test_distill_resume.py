@@ -120,6 +120,13 @@ def test_no_model_is_made_of_an_update_that_ruined_it(before, models, capfd):
     assert (out / "model").exists()
 
 
+def test_nor_when_the_run_was_killed_before_it_was_seen(models, capfd, monkeypatch):
+    path = write_config(models / "run.yaml", [FIRST, {**WILD, "tokens": 64}])
+    stop_after_saving(monkeypatch, path, 3)
+    assert "stage 2, after its last step: the " in refusal(capfd, path)
+    assert kept(path) == {"step-00000002"} and not (models / "run" / "model").exists()
+
+
 def test_a_model_that_is_not_finite_is_not_written(models):
     student = load_student(str(models / "student"))
     for value in (float("inf"), float("nan")):
