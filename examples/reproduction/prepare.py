@@ -119,17 +119,15 @@ def write_lines(path: Path, lines) -> None:
 
 def make_tokens(task: tuple[str, str, int, str]) -> None:
     """The file of tokens that mlx_hydra.distill would make, for all runs at once."""
-    from mlx_hydra.checkpoints.reader import CheckpointReader
     from mlx_hydra.distill.config import Source
     from mlx_hydra.distill.data import tokens_file
-    from mlx_hydra.distill.models import Student
-    from mlx_hydra.loading import load_tokenizer, read_config
+    from mlx_hydra.loading import load_tokenizer, read_config, tokenizer_fingerprint
 
     teacher, folder, limit, data = task
     config = read_config(Path(teacher))
     tokenizer = load_tokenizer(Path(teacher), config)
     # The students carry the teacher's tokenizer.
-    fingerprint = Student(None, CheckpointReader(Path(teacher)), tokenizer).fingerprint
+    fingerprint = tokenizer_fingerprint(Path(teacher))
     source = Source(file=data)
     tokens_file(Path(folder), [source], tokenizer, config["vocab_size"], limit, fingerprint)
 

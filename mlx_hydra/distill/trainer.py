@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 
+from ..loading import tokenizer_fingerprint
 from ..locks import locked
 from .config import Config, Stage
 from .data import Sequences, tokens_file
@@ -161,7 +162,7 @@ class Run:
                     self.student.tokenizer,
                     self.student.args.vocab_size,
                     limit,
-                    self.student.fingerprint,
+                    tokenizer_fingerprint(self.student.reader.folder),
                 )
             self.processes.wait()
         sequences = Sequences(path, stage.length, self.config.seed + number)
