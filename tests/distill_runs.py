@@ -35,6 +35,13 @@ def write_text(path: Path, words: int = 2000, seed: int = 0) -> Path:
     return path
 
 
+def write_folder(folder: Path) -> Path:
+    """Models and text, where :func:`write_config` has them."""
+    write_models(folder)
+    write_text(folder / "text.txt")
+    return folder
+
+
 def stage(objective: str, steps: int = 4, **changes) -> dict:
     values = {"objective": objective, "length": LENGTH, "batch_size": 4, "learning_rate": 0.003}
     values |= {"micro_batch": 2, **changes}

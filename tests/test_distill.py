@@ -7,7 +7,16 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 from checkpoint_files import read_bytes, read_config
-from distill_runs import distill, figures, losses, stage, write_config, write_models, write_text
+from distill_runs import (
+    distill,
+    figures,
+    losses,
+    stage,
+    write_config,
+    write_folder,
+    write_models,
+    write_text,
+)
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 from mlx_lm.utils import load_model, quantize_model, save_config, save_model
@@ -27,10 +36,7 @@ STAGES = [
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distill")
-    write_models(folder)
-    write_text(folder / "text.txt")
-    return folder
+    return write_folder(tmp_path_factory.mktemp("distill"))
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from distill_runs import (
     refusal,
     stage,
     write_config,
+    write_folder,
     write_models,
     write_text,
 )
@@ -28,10 +29,7 @@ from mlx_hydra.distill.config import load_config, presets
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distill")
-    write_models(folder)
-    write_text(folder / "text.txt")
-    return folder
+    return write_folder(tmp_path_factory.mktemp("distill"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from distill_runs import (
     refusal,
     stage,
     write_config,
-    write_models,
+    write_folder,
     write_text,
 )
 from tiny import write_tokenizer
@@ -30,10 +30,7 @@ FIRST = stage("attention", 2)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("distill")
-    write_models(folder)
-    write_text(folder / "text.txt")
-    return folder
+    return write_folder(tmp_path_factory.mktemp("distill"))
 
 
 @pytest.fixture
