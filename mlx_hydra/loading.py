@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import inspect
+import json
 import math
 import pkgutil
 from collections.abc import Iterable
@@ -36,7 +37,6 @@ FETCHED = (
 # What a tokenizer's tokens depend on, whichever tokenizer it is.
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
@@ -44,6 +44,9 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.tiktoken",
 )
+
+# What tokenizer_config.json has beside that.
+NO_TOKENS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
 
 # mlx-lm 0.31, the last for Python 3.10, runs a model's own file unasked; read_config does ask.
 ASKS_FOR_TRUST = "trust_remote_code" in inspect.signature(mlx_lm.utils.load_model).parameters
@@ -208,8 +211,14 @@ def fingerprint(path: Path, adapter_path: Optional[str] = None) -> str:
 
 
 def tokenizer_fingerprint(path: Path) -> str:
-    """What tells a model's tokenizer from others: a hash of its files, as :func:`fingerprint`."""
-    return hash_of([file for name in TOKENIZER_FILES for file in sorted(path.glob(name))])
+    """What tells a model's tokenizer from others: a hash of what its tokens depend on."""
+    settings = {}
+    if (file := path / "tokenizer_config.json").exists():
+        settings = json.loads(file.read_text(encoding="utf-8"))
+    settings = {name: value for name, value in settings.items() if name not in NO_TOKENS}
+    files = [file for name in TOKENIZER_FILES for file in sorted(path.glob(name))]
+    known = json.dumps(settings, sort_keys=True) + hash_of(files)
+    return hashlib.sha256(known.encode()).hexdigest()
 
 
 def hash_of(files: Iterable[Path]) -> str:

@@ -19,7 +19,11 @@ def locked(path: Path, out: Path) -> Iterator[int]:
     Raises:
         ValueError: another run holds it.
     """
-    handle = os.open(path, os.O_RDONLY)
+    try:
+        # On NFS a lock asks for what may be written.
+        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    except FileNotFoundError:
+        raise held(out) from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -46,7 +50,7 @@ def locked_output(out: Path) -> Iterator[None]:
     except OSError as error:
         raise OSError(f"{out} cannot be written: {error.strerror}.") from error
     with locked(lock, out) as handle:
-        # A run that has just ended may have removed what was opened here.
+        # A run that has just ended may have removed it, before or after it was opened here.
         if not lock.exists() or not os.path.samestat(os.fstat(handle), lock.stat()):
             raise held(out)
         try:

@@ -119,8 +119,9 @@ def parse_args(argv: Optional[Sequence[str]]) -> Namespace:
         holds = isinstance(value, int) and (value > 0 or value == -1)
         expect(holds, as_option(name), value, "1 or more, or -1 for the whole set")
     expect(args.max_seq_length > 1, "--max-seq-length", args.max_seq_length, "2 or more")
-    # mlx-lm saves right after a report, which is where Guard can keep it from it.
-    args.steps_per_report = math.gcd(args.steps_per_report, args.save_every)
+    if args.save_every <= args.iters:
+        # mlx-lm saves right after a report, which is where Guard can keep it from it.
+        args.steps_per_report = math.gcd(args.steps_per_report, args.save_every)
     args.lora_parameters = lora_parameters(args.lora_parameters)
     return args
 
@@ -213,7 +214,10 @@ def train(
     try:
         mlx_lm.lora.train_model(args, model, train_set, valid_set, guard)
     except BaseException:
-        if not guard.saved and before is not None:
+        if mx.distributed.init().rank() > 0:
+            # What it found may have been the first one's already.
+            pass
+        elif not guard.saved and before is not None:
             config.write_bytes(before)
         elif not guard.saved:
             with suppress(OSError):
@@ -247,20 +251,19 @@ class Guard(TrainingCallback):
 
     def on_val_loss_report(self, val_info: dict) -> None:
         self.callback.on_val_loss_report(val_info)
-        self.expect_finite("validation loss", val_info["val_loss"], val_info["iteration"])
+        # It may be the data's fault: of a prompt that fills the length nothing is left to score.
+        if not math.isfinite(val_info["val_loss"]) and not self.adapters_are_fit():
+            self.stop(f"the validation loss is {val_info['val_loss']}", val_info["iteration"])
 
     def on_train_loss_report(self, train_info: dict) -> None:
         self.callback.on_train_loss_report(train_info)
         iteration = train_info["iteration"]
-        self.expect_finite("training loss", train_info["train_loss"], iteration)
+        if not math.isfinite(loss := train_info["train_loss"]):
+            self.stop(f"the training loss is {loss}", iteration)
         if iteration % self.args.save_every == 0 or iteration == self.args.iters:
             if not self.adapters_are_fit():
                 self.stop("the adapters are ruined", iteration)
             self.saved = iteration
-
-    def expect_finite(self, name: str, value: float, iteration: int) -> None:
-        if not math.isfinite(value):
-            self.stop(f"the {name} is {value}", iteration)
 
     def adapters_are_fit(self) -> bool:
         # As in validation: dropout would draw numbers that are training's.

@@ -66,7 +66,7 @@ def count_examples(file: Path, args: Namespace) -> int:
                     raise ValueError(f"--mask-prompt: {name!r} has no prompt")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file} is not UTF-8 text ({error.reason}).") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}, line {count}: {error}.") from error
     if not count:
         raise ValueError(f"{file} is empty.")
@@ -117,7 +117,8 @@ def check_messages(name: str, messages: Any, fewest: int) -> None:
         check_calls(calls, where)
         if not isinstance(content, str) and not (content is None and calls):
             raise ValueError(f"{where}: the content is not text")
-        if message["role"] == "assistant" and not calls and not content.strip():
+        said = calls or content.strip() or message.get("reasoning_content")
+        if message["role"] == "assistant" and not said:
             raise ValueError(f"{where}: the content is empty")
     check_unicode(name, messages)
 

@@ -81,10 +81,12 @@ def test_a_ruined_checkpoint_is_told_after_a_kill_too(models, capfd, monkeypatch
     assert kept(path) == {"step-00000002"}
 
 
-def test_the_end_of_a_stage_is_proven_by_the_next(models, capfd, monkeypatch):
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_stage_that_fails_leaves_the_one_before(stopped, models, capfd, monkeypatch):
     path = write_config(models / "run.yaml", [FIRST, TAME], save_every=1)
-    stop_after_saving(monkeypatch, path, 2)
-    assert kept(path) == {"step-00000001", "step-00000002"}
+    if stopped:
+        stop_after_saving(monkeypatch, path, 2)
+        assert kept(path) == {"step-00000001", "step-00000002"}
     gradients = NextToken.gradients
 
     def none(*args):
@@ -92,8 +94,16 @@ def test_the_end_of_a_stage_is_proven_by_the_next(models, capfd, monkeypatch):
         return grads, {**loss, "loss": mx.array(mx.nan)}
 
     monkeypatch.setattr(NextToken, "gradients", none)
-    assert "stage 2, step 1: the loss is nan; the last good" in refusal(capfd, path)
-    assert kept(path) == {"step-00000001"}
+    told = f"stage 2, step 1: the loss is nan; the last good checkpoint is {models}/run/"
+    for _ in range(2):
+        error = refusal(capfd, path)
+        assert told in error and "step-00000002. The stage cannot begin:" in error
+        assert kept(path) == {"step-00000002"}
+
+
+def test_the_end_of_a_stage_is_proven_by_its_own_loss(models, capfd, monkeypatch):
+    path = write_config(models / "run.yaml", [{**WILD, "tokens": 64}, FIRST], save_every=1)
+    assert "stage 1, after its last step: the " in refusal(capfd, path)
 
 
 def test_a_proven_checkpoint_is_not_removed(models, capfd, monkeypatch):
@@ -197,7 +207,7 @@ def test_a_finished_run_is_not_taken_for_another(models, capfd):
     assert f"{told} stages[0].objective: give those again" in line([STAGES[1]] * 2)
     assert f"{told} data: give those again" in line(data=str(models / "heads.json"))
     more = [*STAGES, stage("next_token", 2)]
-    assert f"{told} stages: give those again or another out, or remove its model" in line(more)
+    assert f"{told} stages: give those again, or another out." in line(more)
     free = [{**s, "micro_batch": 1} for s in STAGES]
     distill(write_config(path, free, save_every=7, grad_checkpoint=False))
     assert "nothing is left to do" in capfd.readouterr().err
@@ -233,6 +243,10 @@ def test_a_stage_under_way_ends_early_but_is_not_made_longer(models, capfd, monk
     told = "the data is not what stage 1 was begun with, when its tokens were 384: give the same"
     for steps in (4, 8):
         assert told in refusal(capfd, config(steps))
+    text = (models / "text.txt").read_bytes()
+    write_text(models / "text.txt", seed=5)
+    assert "the data is not what stage 1 was begun with: give" in refusal(capfd, config(6))
+    (models / "text.txt").write_bytes(text)
     path = config(2)
     out = distill(path)
     assert len(figures(out, "loss")) == 2

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -205,8 +206,28 @@ def test_results_of_another_tokenizer_are_not_mixed(model, capsys, tmp_path, nam
     options = ["--needles", "single", "--lengths", 40, "--depths", 0, *SAMPLES, "-o", file]
     results = run(capsys, "--model", model, *options)
     assert run(capsys, "--model", folder, *options)["needles"] == results["needles"]
-    (folder / name).write_text((folder / name).read_text() + "\n")
+    text = (folder / name).read_text()
+    if name == "tokenizer.json":
+        text += "\n"
+    else:
+        content = json.loads(text)
+        # It pads nothing here, and changes no token.
+        (folder / name).write_text(json.dumps({**content, "padding_side": "left"}))
+        run(capsys, "--model", folder, *options)
+        text = json.dumps({**content, "add_prefix_space": True})
+    (folder / name).write_text(text)
     assert "is of another tokenizer; name" in refusal(capsys, "--model", folder, *options)
+
+
+def test_whole_results_are_shown_from_where_nothing_may_be_written(
+    model, capsys, monkeypatch, tmp_path
+):
+    file = tmp_path / "results.json"
+    options = ["--needles", "single", "--lengths", 40, "--depths", 0, *SAMPLES, "-o", file]
+    results = run(capsys, "--model", model, *options)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(Path, "touch", lambda path: pytest.fail("written"))
+    assert run(capsys, "--model", model, *options) == results
 
 
 def test_a_model_that_is_not_finite_is_refused(capsys, tmp_path):

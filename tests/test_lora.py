@@ -358,8 +358,19 @@ def test_the_last_good_adapters_are_kept(place, capsys, tmp_path, iterations, me
 def test_a_prompt_that_fills_the_length_is_told(place, capsys, tmp_path):
     options = training(place / "model", place / "data", tmp_path / "a", 1)
     error = refusal(capsys, *options, "--max-seq-length", 2)
-    assert "the validation loss is nan before the first iteration" in error
+    assert "the training loss is nan by iteration 1" in error
     assert error.endswith("or raise --max-seq-length if prompts fill it.")
+
+
+def test_a_prompt_that_fills_the_length_in_validation_alone_stops_nothing(place, tmp_path):
+    data = shutil.copytree(place / "data", tmp_path / "data")
+    prompt = " ".join([PAIRS[0][0]] * 100)
+    line = json.dumps({"prompt": prompt, "completion": PAIRS[0][1]}) + "\n"
+    (data / "valid.jsonl").write_text(line * 5)
+    options = training(place / "model", data, tmp_path / "a", 2)
+    assert "nan" in run(*options, "--max-seq-length", 64)
+    weights = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
+    assert all(mx.isfinite(w).all() for w in weights.values())
 
 
 def test_adapters_without_an_effect_on_the_logits_are_looked_at():

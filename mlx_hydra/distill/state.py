@@ -68,6 +68,14 @@ class State:
         names = ("stage", "step", "steps", "checksum", "config", "models")
         return {name: getattr(self, name) for name in names}
 
+    def is_finished(self, stages: int) -> bool:
+        """Whether the run that left this had no step left, and no other stage is asked for."""
+        before = self.config.get("stages", [])
+        if not len(before) == self.stage + 1 == stages:
+            return False
+        last = before[-1]
+        return self.step >= -(-last["tokens"] // (last["batch_size"] * last["length"]))
+
     def hand_to(self, optimizer: optim.Optimizer) -> None:
         """Give an optimizer its arrays and its step, and keep none: they will change."""
         step = mx.array(self.step, mx.uint64)
@@ -202,15 +210,22 @@ def check_same_run(
     return changed
 
 
-def check_finished(state: State, config: Config, models: dict[str, str], out: Path) -> None:
-    """Raise a ValueError if a finished run would have made another model of this config."""
+def check_finished(
+    state: State, config: Config, models: dict[str, str], out: Path
+) -> dict[str, Any]:
+    """:func:`check_same_run` of a run without a step left.
+
+    Raises:
+        ValueError: the run would have made another model of this config.
+    """
     changed = check_same_run(state, config, models, out)
     other = [name for name in changed if name.rpartition(".")[2] not in FREE]
     if other:
         raise ValueError(
-            f"{out} holds a finished run with other {', '.join(other)}: give those again or "
-            "another out, or remove its model to go on."
+            f"{out} holds a finished run with other {', '.join(other)}: give those again, or "
+            "another out."
         )
+    return changed
 
 
 def differing(before: dict, now: dict) -> list[str]:

@@ -122,7 +122,9 @@ class Run:
         if self.processes.first:
             self.state, models = self.checkpoints.load(), self._fingerprints()
             if self.state.steps:
-                self._changed = check_same_run(self.state, self.config, models, self.out)
+                finished = self.state.is_finished(len(self.config.stages))
+                check = check_finished if finished else check_same_run
+                self._changed = check(self.state, self.config, models, self.out)
                 also = f"; changed since: {', '.join(self._changed)}" if self._changed else ""
                 self.note(
                     f"{self.out}: going on after step {self.state.step} of stage "
@@ -188,9 +190,6 @@ class Run:
 
     def _train_stage(self, stage: Stage, sequences: Sequences, losses: Optional[LossFile]) -> None:
         state = self.state
-        last = state.stage + 1 == len(self.config.stages)
-        if state.step >= stage.steps and not last:
-            return
         if state.step < stage.steps:
             self._check_data(sequences)
         objective = self._objective(stage)
@@ -228,9 +227,9 @@ class Run:
                     show(tokens, row)
                     if state.step == stage.steps or state.step % self.config.save_every == 0:
                         self.checkpoints.save(state, optimizer)
-        if last:
-            # No step follows that would show what the last update did to the weights.
-            self._gradients(stage, objective, names, sequences)
+        # No step follows that would show what the last update did: the next stage's may fail for
+        # reasons of its own.
+        self._gradients(stage, objective, names, sequences)
 
     def _trained_weights(self, objective) -> Weights:
         """The float32 weights of a stage, as the stages before left them.
@@ -298,22 +297,26 @@ class Run:
 
     def _not_finite(self, name: str, value: float) -> str:
         state = self.state
-        if self.processes.first:
-            self.checkpoints.drop_ruined(state)
+        over = state.step == self.config.stages[state.stage].steps
+        step = "after its last step" if over else f"step {state.step + 1}"
+        what = f"stage {state.stage + 1}, {step}: the {name.replace('_', ' ')} is {value}"
+        if not self.processes.first:
+            return f"{what}."
+        self.checkpoints.drop_ruined(state)
         kept = self.checkpoints.newest()
         cure = "Lower learning_rate or clip, and run the same command to go on from there."
         if kept is None:
-            what = "there is no good checkpoint yet"
+            left = "there is no good checkpoint yet"
             cure = "Lower learning_rate or clip, and run the same command to begin anew."
+        elif state.step == 0:
+            left = f"the last good checkpoint is {kept}"
+            cure = "The stage cannot begin: look at its teacher and its text."
         elif kept == self.checkpoints.place(state):
-            what = f"{kept} gives it at once"
+            left = f"{kept} gives it at once"
             cure = "Remove that checkpoint to begin anew, or choose another out."
         else:
-            what = f"the last good checkpoint is {kept}"
-        over = state.step == self.config.stages[state.stage].steps
-        step = "after its last step" if over else f"step {state.step + 1}"
-        name = name.replace("_", " ")
-        return f"stage {state.stage + 1}, {step}: the {name} is {value}; {what}. {cure}"
+            left = f"the last good checkpoint is {kept}"
+        return f"{what}; {left}. {cure}"
 
 
 def add(a: Weights, b: Weights) -> Weights:

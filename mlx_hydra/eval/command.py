@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import sys
 import time
 from argparse import Namespace
@@ -46,7 +47,9 @@ SAMPLES = 10
 @command
 def main(argv: Optional[Sequence[str]] = None) -> None:
     args = parse_args(argv)
-    with nullcontext() if args.output is None else locked_output(args.output):
+    # What is whole can be shown from where nothing may be written.
+    writes = args.output is not None and os.access(args.output.parent, os.W_OK)
+    with locked_output(args.output) if writes else nullcontext():
         run(args)
 
 
