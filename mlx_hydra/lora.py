@@ -214,16 +214,20 @@ def train(
     try:
         mlx_lm.lora.train_model(args, model, train_set, valid_set, guard)
     except BaseException:
-        if mx.distributed.init().rank() > 0:
-            # What it found may have been the first one's already.
-            pass
-        elif not guard.saved and before is not None:
-            config.write_bytes(before)
-        elif not guard.saved:
-            with suppress(OSError):
-                config.unlink()
-                config.parent.rmdir()
+        # Of several processes the first alone: another may have found what that had written.
+        if not guard.saved and mx.distributed.init().rank() == 0:
+            put_back(config, before)
         raise
+
+
+def put_back(config: Path, before: Optional[bytes]) -> None:
+    """Leave adapter_config.json as it was; where there was none, remove the folder with it."""
+    if before is not None:
+        config.write_bytes(before)
+        return
+    with suppress(OSError):
+        config.unlink()
+        config.parent.rmdir()
 
 
 class Guard(TrainingCallback):

@@ -3,7 +3,6 @@
 import contextlib
 import importlib
 import io
-import json
 import re
 import shutil
 import sys
@@ -17,6 +16,7 @@ import numpy as np
 import pytest
 import tiny
 from checkpoint_files import read_bytes, write_qwen3
+from lora_runs import PAIRS, SETTINGS, refusal, run, training, with_option, write_place
 from mlx.utils import tree_flatten
 from mlx_lm.utils import quantize_model
 
@@ -26,10 +26,7 @@ from mlx_hydra.models.hydrahead import TransformerBlock
 TRUST = ["--trust-remote-code"] if tiny.ASKS_FOR_TRUST else []
 CONFIG = Path(__file__).parents[1] / "examples/lora/linear_heads.yaml"
 
-# Every layer has linear heads, the second nothing else.
-SETTINGS = {"full_attention_heads": [[0], [], [1, 2]]}
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "a_proj", "b_proj", "g_proj")
-PAIRS = [(f"w{i}", f"w{20 + 3 * i} w{21 + 3 * i}") for i in range(5)]
 
 
 @pytest.fixture(autouse=True)
@@ -40,14 +37,6 @@ def uncompiled(trained):
     mx.enable_compile()
 
 
-def run(*options) -> str:
-    """What the command prints."""
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        lora.main([*map(str, options)])
-    return out.getvalue()
-
-
 def run_mlx_lm(monkeypatch, command: str, *options) -> str:
     """What a command of mlx-lm prints."""
     monkeypatch.setattr(sys, "argv", [command, *map(str, options)])
@@ -55,20 +44,6 @@ def run_mlx_lm(monkeypatch, command: str, *options) -> str:
     with contextlib.redirect_stdout(out):
         importlib.import_module(command).main()
     return out.getvalue()
-
-
-def training(model, data, adapters, iters, rate="1e-2") -> list:
-    options = {
-        "model": model,
-        "data": data,
-        "adapter-path": adapters,
-        "iters": iters,
-        "learning-rate": rate,
-        "batch-size": 5,
-        "steps-per-report": 10,
-        "steps-per-eval": 1000,
-    }
-    return ["--train", "--mask-prompt", *(x for k, v in options.items() for x in (f"--{k}", v))]
 
 
 def answers(model, tokenizer, count: int = 2) -> list[str]:
@@ -95,14 +70,7 @@ def adapter_names(layers, parts=PROJECTIONS) -> set[str]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A model, and five questions with answers that it does not know."""
-    place = tmp_path_factory.mktemp("lora")
-    tiny.save(tiny.model(**SETTINGS), tiny.config(**SETTINGS), place / "model")
-    (place / "data").mkdir()
-    lines = [json.dumps({"prompt": asked, "completion": answer}) for asked, answer in PAIRS]
-    for name in ("train", "valid", "test"):
-        (place / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return place
+    return write_place(tmp_path_factory.mktemp("lora"))
 
 
 @pytest.fixture(scope="module")
@@ -297,126 +265,6 @@ def test_strange_and_broken_adapters_are_found(place, monkeypatch, tmp_path, cap
     stray, broken = capsys.readouterr().err.splitlines()[-2:]
     assert stray.startswith("error: model.layers.0.self_attn.o_proj.lora_a is in the adapter file")
     assert broken.startswith("error: model.layers.0.self_attn.linear.q_proj.lora_b has values")
-
-
-def refusal(capsys, *options) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as ended:
-        lora.main([*map(str, options)])
-    *others, error = capsys.readouterr().err.strip().splitlines()
-    assert ended.value.code == 2
-    assert error.startswith("error: ")
-    # mlx-lm 0.31 shows there how validation gets on.
-    assert not [line for line in others if line and "Calculating loss" not in line]
-    return error
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-def test_adapters_of_before_survive_a_rate_too_high(place, capsys, tmp_path):
-    options = training(place / "model", place / "data", tmp_path / "a", 2, "1e-3")
-    run(*options)
-    before = contents(tmp_path / "a")
-    (tmp_path / "s.yaml").write_text("lora_parameters: {rank: 4}")
-    for iterations, what in ((2, "the adapters are ruined"), (3, "the validation loss is nan")):
-        high = with_option(options, "--learning-rate", "1e30")
-        high = [*with_option(high, "--iters", iterations), "-c", tmp_path / "s.yaml"]
-        message = refusal(capsys, *high)
-        assert f"{what} by iteration" in message and "/a is as it was. Lower --learning" in message
-        assert contents(tmp_path / "a") == before
-        refusal(capsys, *with_option(high, "--adapter-path", tmp_path / "none"))
-        assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize(
-    ("iterations", "message"),
-    [
-        # The third step's loss is finite, and what it leaves is not.
-        (3, "the adapters are ruined by iteration 3"),
-        (5, "the training loss is nan by iteration 4"),
-    ],
-)
-def test_the_last_good_adapters_are_kept(place, capsys, tmp_path, iterations, message):
-    (tmp_path / "s.yaml").write_text(
-        "lr_schedule: {name: step_decay, arguments: [1.0e-3, 1.0e+30, 2]}"
-    )
-    (tmp_path / "data").mkdir()
-    shutil.copy(place / "data" / "train.jsonl", tmp_path / "data")
-    options = training(place / "model", tmp_path / "data", tmp_path / "a", iterations)
-    error = refusal(capsys, *options, "--save-every", 2, "-c", tmp_path / "s.yaml")
-    assert f"{message}; {tmp_path / 'a'} holds the adapters of iteration 2" in error
-    kept = contents(tmp_path / "a")
-    numbered = kept.pop("0000002_adapters.safetensors")
-    assert kept.keys() == {"adapter_config.json", "adapters.safetensors"}
-    assert kept["adapters.safetensors"] == numbered
-    saved = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
-    assert all(mx.isfinite(x).all() for x in saved.values())
-
-
-def test_a_prompt_that_fills_the_length_is_told(place, capsys, tmp_path):
-    options = training(place / "model", place / "data", tmp_path / "a", 1)
-    error = refusal(capsys, *options, "--max-seq-length", 2)
-    assert "the training loss is nan by iteration 1" in error
-    assert error.endswith("or raise --max-seq-length if prompts fill it.")
-
-
-def test_a_prompt_that_fills_the_length_in_validation_alone_stops_nothing(place, tmp_path):
-    data = shutil.copytree(place / "data", tmp_path / "data")
-    prompt = " ".join([PAIRS[0][0]] * 100)
-    line = json.dumps({"prompt": prompt, "completion": PAIRS[0][1]}) + "\n"
-    (data / "valid.jsonl").write_text(line * 5)
-    options = training(place / "model", data, tmp_path / "a", 2)
-    assert "nan" in run(*options, "--max-seq-length", 64)
-    weights = mx.load(str(tmp_path / "a" / "adapters.safetensors"))
-    assert all(mx.isfinite(w).all() for w in weights.values())
-
-
-def test_adapters_without_an_effect_on_the_logits_are_looked_at():
-    class Deaf(nn.Module):
-        def __init__(self, last: float):
-            super().__init__()
-            self.weight = mx.array([1.0, last])
-
-        def __call__(self, tokens):
-            return mx.zeros(tokens.shape)
-
-    for last in (2.0, float("inf")):
-        guard = lora.Guard(None, Deaf(last), mx.array([[1]]), None)
-        assert guard.adapters_are_fit() == (last == 2.0)
-
-
-def test_saving_does_not_change_training(place, tmp_path):
-    (tmp_path / "s.yaml").write_text("lora_parameters: {dropout: 0.5}")
-    found = []
-    for every in (1, 100):
-        folder = tmp_path / str(every)
-        options = training(place / "model", place / "data", folder, 3)
-        run(*options, "--save-every", every, "-c", tmp_path / "s.yaml")
-        found.append((folder / "adapters.safetensors").read_bytes())
-    assert found[0] == found[1]
-
-
-def test_a_callback_is_told_of_the_losses_too(place, monkeypatch, tmp_path):
-    told = []
-
-    class Callback(lora.TrainingCallback):
-        def on_train_loss_report(self, info):
-            told.append(("train", info["iteration"]))
-
-        def on_val_loss_report(self, info):
-            told.append(("val", info["iteration"]))
-
-    monkeypatch.setattr(lora, "get_reporting_callbacks", lambda *_, **__: Callback())
-    run(*training(place / "model", place / "data", tmp_path / "a", 2))
-    assert told == [("val", 0), ("val", 1), ("train", 2)]
-
-
-def with_option(options, name, value) -> list:
-    """The options with one of them set to something else, or left out."""
-    place = options.index(name)
-    return options[:place] + ([] if value is None else [name, value]) + options[place + 2 :]
 
 
 def test_wrong_options_are_told_in_a_line(place, capsys, tmp_path):

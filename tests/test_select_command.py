@@ -193,6 +193,22 @@ def test_knockout_is_on_probes_that_were_not_scored(model, tmp_path, capsys, tol
     assert "of which it is not known whether they were scored" in capsys.readouterr().out
 
 
+def test_the_random_orders_follow_from_the_seed_of_the_scores(model, tmp_path, monkeypatch):
+    seeds, curve = [], command.knockout_curve
+
+    def knockout_curve(model, pairs, order, seed, *others):
+        seeds.append(seed)
+        return curve(model, pairs, order, seed, *others)
+
+    monkeypatch.setattr(command, "knockout_curve", knockout_curve)
+    knockout = [*CONTEXT, "--knockout"]
+    select(model, tmp_path / "a.json", "--seed", 1, *knockout, tmp_path / "a.csv")
+    scores = ("--scores", tmp_path / "a.json")
+    select(model, tmp_path / "b.json", *scores, *knockout, tmp_path / "b.csv")
+    select(model, tmp_path / "c.json", "--seed", 2, *knockout, tmp_path / "c.csv")
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
 def test_knockout_on_a_file_takes_what_was_not_scored(model, tmp_path, capsys, told_apart):
     scored, silenced = told_apart
     probes = ("--probes", write_probes(tmp_path / "p.jsonl", model, 8))
