@@ -70,12 +70,11 @@ class KVBuffers:
         return self.keys, self.values
 
 
-class CompiledStep:
-    """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
+class Remembered:
+    """Layers that an ordinary step has run, and what has been compiled of them.
 
-    An ordinary step has to run first (:meth:`remember`). Modules, weights and settings that are
-    assigned anew afterwards, or a cache that has grown, are noticed; a weight that is changed in
-    place, as by ``w *= 2``, is not.
+    Modules, weights and settings that are assigned anew afterwards are noticed; a weight that is
+    changed in place, as by ``w *= 2``, is not.
     """
 
     def __init__(self):
@@ -86,6 +85,37 @@ class CompiledStep:
         # Modules, and their weights and settings. One tuple: another thread may be reading.
         self._known: tuple[list[nn.Module], list[Any]] = [], []
         self._traced: dict[tuple, Any] = {}
+
+    def remembers(self, layers: Sequence[nn.Module]) -> bool:
+        """Whether an ordinary step has run with these very layers, weights and settings."""
+        modules, known = self._known
+        if not modules or not all(map(operator.is_, layers, modules)):
+            return False
+        parts = list(parts_of(modules))
+        return len(parts) == len(known) and all(map(operator.is_, parts, known))
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._known[0]
+
+    def remember(self, layers: Sequence[nn.Module]) -> None:
+        """Take these layers for what is compiled next; none with weights in lists."""
+        modules = list(layers)
+        for module in modules:
+            modules += [part for part in module.values() if isinstance(part, nn.Module)]
+        parts = list(parts_of(modules))
+        self.forget()
+        # What is put into a list, or taken out, is not noticed.
+        lists = [part for part in parts if type(part) in (list, tuple, dict)]
+        if not any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(lists)):
+            self._known = modules, parts
+
+
+class CompiledStep(Remembered):
+    """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
+
+    An ordinary step has to run first (:meth:`remember`). A cache that has grown is noticed.
+    """
 
     def __reduce__(self):
         return CompiledStep, ()
@@ -123,30 +153,6 @@ class CompiledStep:
         part = next(part for c in cache if (part := linear_part(c)) is not None)
         by_kernels = heads.step_backend(h, part) != "ops"
         return offset < room and heads.takes_arrays and by_kernels == kernels_run()
-
-    def remembers(self, layers: Sequence[nn.Module]) -> bool:
-        """Whether an ordinary step has run with these very layers, weights and settings."""
-        modules, known = self._known
-        if not modules or not all(map(operator.is_, layers, modules)):
-            return False
-        parts = list(parts_of(modules))
-        return len(parts) == len(known) and all(map(operator.is_, parts, known))
-
-    @property
-    def is_empty(self) -> bool:
-        return not self._known[0]
-
-    def remember(self, layers: Sequence[nn.Module]) -> None:
-        """Take these layers for what is compiled next; none with weights in lists."""
-        modules = list(layers)
-        for module in modules:
-            modules += [part for part in module.values() if isinstance(part, nn.Module)]
-        parts = list(parts_of(modules))
-        self.forget()
-        # What is put into a list, or taken out, is not noticed.
-        lists = [part for part in parts if type(part) in (list, tuple, dict)]
-        if not any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(lists)):
-            self._known = modules, parts
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""

@@ -28,6 +28,7 @@ from .cache import (
     make_cache,
     padding_mask,
 )
+from .compiled_prefill import CompiledPrefill
 from .compiled_step import CompiledStep, KVBuffers, runs_on_gpu
 from .positions import log_scales, rope_for, rotation_of
 from .side_by_side import SideBySide, is_inside_transformation
@@ -87,18 +88,12 @@ class FullAttention(nn.Module):
     def __call__(
         self, x, mask, cache, offset, projected=None
     ) -> tuple[mx.array, Optional[mx.array]]:
-        T = x.shape[1]
-        q, k, v, *gate = projected or [projection(x) for projection in self.projections]
-        q = heads_first(self.q_norm(by_head(q, self.n_heads)), T)
-        k = heads_first(self.k_norm(by_head(k, self.n_kv_heads)), T)
-        v = heads_first(by_head(v, self.n_kv_heads), T)
-
-        compiled = isinstance(cache, KVBuffers)
+        T, compiled = x.shape[1], isinstance(cache, KVBuffers)
         if compiled:
             mask = cache.position.seen
-        if "rope" in self:
-            where = cache.position.scalar if compiled else offset
-            q, k = self.rope(q, offset=where), self.rope(k, offset=where)
+        projected = projected or [projection(x) for projection in self.projections]
+        where = cache.position.scalar if compiled else offset
+        q, k, v, *gate = self.heads(projected, T, where)
         scale, a = self.scale, self.log_scale_base
         if a is not None:
             if T == 1 and isinstance(offset, int):
@@ -109,9 +104,24 @@ class FullAttention(nn.Module):
             elif compiled:
                 q = (q * cache.position.log_scale(a, 1.0)).astype(q.dtype)
             else:
-                q = (q * self._log_scale(T, offset)).astype(q.dtype)
+                q = (q * self.log_scales(T, offset)).astype(q.dtype)
+        where = offset if compiled and mask is None else None
+        o = self.attend(q, k, v, mask, cache, scale=scale, offset=where)
+        return o, gate[0] if gate else None
 
-        quantised = {}
+    def heads(self, projected, T, where) -> list[mx.array]:
+        """Queries, keys and values of the projections ``[B, H, T, D]``, and what else there is."""
+        q, k, v, *gate = projected
+        q = heads_first(self.q_norm(by_head(q, self.n_heads)), T)
+        k = heads_first(self.k_norm(by_head(k, self.n_kv_heads)), T)
+        v = heads_first(by_head(v, self.n_kv_heads), T)
+        if "rope" in self:
+            q, k = self.rope(q, offset=where), self.rope(k, offset=where)
+        return [q, k, v, *gate]
+
+    def attend(self, q, k, v, mask, cache, *, scale, offset=None) -> mx.array:
+        """Put down keys and values, and attend to all; ``[B, T, H, D]``."""
+        T, quantised = q.shape[2], {}
         if cache is not None:
             k, v = cache.update_and_fetch(k, v)
             if hasattr(cache, "bits"):
@@ -123,13 +133,13 @@ class FullAttention(nn.Module):
             v,
             self.kv_index,
             scale=scale,
-            offset=offset if compiled and mask is None else keys.shape[2] - T,
+            offset=keys.shape[2] - T if offset is None else offset,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
         )
-        return o.transpose(0, 2, 1, 3), gate[0] if gate else None
+        return o.transpose(0, 2, 1, 3)
 
-    def _log_scale(self, T, offset):
+    def log_scales(self, T, offset):
         """s_t = log(t + a) / log(a), HypeNet's (2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
         if isinstance(offset, int):
             return log_scales(offset, T, self.log_scale_base)
@@ -282,7 +292,7 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(
             args.num_attention_heads * args.head_dim, args.hidden_size, bias=False
         )
-        self._side_by_side = SideBySide()
+        self.side_by_side = SideBySide()
 
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         return self.o_proj(self.fused_heads(x, full_mask, linear_mask, cache, offset))
@@ -305,25 +315,35 @@ class Attention(nn.Module):
         kinds, of_full, of_linear = [], None, None
         if "linear" in self and cache is not None and not self.training and runs_on_gpu():
             of_full = self.full.projections if "full" in self else []
-            projected = self._side_by_side.apart(x, of_full + self.linear.projections)
+            projected = self.side_by_side.apart(x, of_full + self.linear.projections)
             of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
         if "full" in self:
             o, gate = self.full(x, full_mask, full_part(cache), offset, of_full)
-            kinds.append(HeadOutputs(o, gate, self.full_eps, "sigmoid"))
+            kinds.append(self.full_outputs(o, gate))
         if "linear" in self:
             o, gate = self.linear(x, linear_mask, linear_part(cache), offset, of_linear)
-            kinds.append(HeadOutputs(o, gate, self.linear_eps, "silu"))
+            kinds.append(self.linear_outputs(o, gate))
+        return self.fuse(kinds).astype(x.dtype)
+
+    def full_outputs(self, o, gate=None) -> HeadOutputs:
+        return HeadOutputs(o, gate, self.full_eps, "sigmoid")
+
+    def linear_outputs(self, o, gate=None) -> HeadOutputs:
+        return HeadOutputs(o, gate, self.linear_eps, "silu")
+
+    def fuse(self, kinds) -> mx.array:
+        """What o_proj reads of one kind of heads or two."""
         if "fusion" in self:
-            return fuse_kinds(kinds, self.fusion.gamma).astype(x.dtype)
+            return fuse_kinds(kinds, self.fusion.gamma)
         o, gate, *_ = kinds[0]
         o = o.flatten(2)
-        return (o if gate is None else o * mx.sigmoid(gate)).astype(x.dtype)
+        return o if gate is None else o * mx.sigmoid(gate)
 
     def _step(self, x, full_mask, linear_mask, cache, offset, backend):
         """A few tokens: one product for all projections, and one kernel for what follows."""
         of_full_heads = {}
         projections = self.full.projections if "full" in self else []
-        rows = self._side_by_side(x, projections + self.linear.projections)
+        rows = self.side_by_side(x, projections + self.linear.projections)
         projected = rows.reshape(len(x), tokens_of(x), -1)
         if "full" in self:
             *parts, _ = mx.split(projected, self.full.ends, axis=-1)
@@ -368,7 +388,7 @@ class TransformerBlock(nn.Module):
     def forget(self) -> None:
         """Let go of products that stand for several layers."""
         self._side_by_side.forget()
-        self.self_attn._side_by_side.forget()
+        self.self_attn.side_by_side.forget()
 
 
 class HydraHeadModel(nn.Module):
@@ -378,6 +398,7 @@ class HydraHeadModel(nn.Module):
         self.layers = [TransformerBlock(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._compiled_step = CompiledStep()
+        self._compiled_prefill = CompiledPrefill()
 
     def __call__(
         self,
@@ -392,9 +413,13 @@ class HydraHeadModel(nn.Module):
         remembers = self._compiled_step.remembers(self.layers)
         if remembers and compiles:
             return self.norm(self._compiled_step(self.layers, h, cache))
+        prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
+        if not (remembers or prefills):
+            self._compiled_prefill.forget()
         if self.training or not (remembers or self._compiled_step.is_empty):
             # The weights are others, or will be soon: these would be held beside them.
             self._compiled_step.forget()
+            self._compiled_prefill.forget()
             for layer in self.layers:
                 layer.forget()
 
@@ -406,14 +431,18 @@ class HydraHeadModel(nn.Module):
         full_mask = create_attention_mask(h, first_full)
         linear_mask = padding_mask(first_linear, h.shape[1])
 
-        prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
+        run = None
+        if prefills and linear_mask is None:
+            run = self._compiled_prefill.runner(self.layers, h, cache, offset)
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
-            h = layer(h, full_mask, linear_mask, c, offset)
+            h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
             # Not the last: of most steps of a prefill its output is not asked for.
             if prefills and i % LAYERS_AT_ONCE == 0 and layer is not self.layers[-1]:
                 begin(h)
         if compiles:
             self._compiled_step.remember(self.layers)
+        if prefills and run is None:
+            self._compiled_prefill.remember(self.layers, h)
         return self.norm(depends_on_counters(h, cache))
 
 

@@ -1,0 +1,129 @@
+"""Steps of a prefill, of which each layer is two compiled functions with attention between them.
+
+The keys that attention reads are more in every step, for which MLX would trace a function anew; all
+else has the same shapes in every step of one length.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.cache import ArraysCache
+
+from .cache import full_part, linear_part
+from .compiled_step import TRACES, Remembered
+from .positions import log_scales
+
+# Shapes of steps that are known; beyond these the count begins anew.
+SHAPES = 64
+
+
+class CompiledPrefill(Remembered):
+    """Runs layers on steps of a length that an ordinary step has had before (:meth:`remember`)."""
+
+    def forget(self) -> None:
+        super().forget()
+        self._seen: set[tuple] = set()
+
+    def __reduce__(self):
+        return CompiledPrefill, ()
+
+    def remember(self, layers: Sequence[nn.Module], h: Optional[mx.array] = None) -> None:
+        """Take what an ordinary step has run for what is compiled in the next of its length."""
+        if not self.remembers(layers):
+            super().remember(layers)
+        if len(self._seen) >= SHAPES:
+            self._seen.clear()
+        self._seen.add(key_of(h))
+
+    def runner(
+        self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any], offset: Any
+    ) -> Optional[Callable]:
+        """What runs layer ``n`` on a state with its cache; None for a step to be run ordinarily.
+
+        Args:
+            h: ``[B, T, hidden]``, without padding.
+        """
+        key = key_of(h)
+        if not isinstance(offset, int) or key not in self._seen or not takes(layers, cache):
+            return None
+        if not self.remembers(layers):
+            return None
+        if key not in self._traced:
+            kept = list(self._traced.items())[1 - TRACES :]
+            functions = [functions_of(layer) for layer in layers]
+            self._traced = dict(kept) | {key: functions}
+        functions = self._traced[key]
+        where = mx.array([offset])
+        full = next((layer.self_attn.full for layer in layers if "full" in layer.self_attn), None)
+        base = None if full is None else full.log_scale_base
+        scales = () if base is None else (log_scales(offset, h.shape[1], base),)
+
+        def run(n: int, h: mx.array, c: Any) -> mx.array:
+            layer = layers[n]
+            if functions[n] is None:
+                return layer(h, None, None, c, offset)
+            before, after = functions[n]
+            linear = linear_part(c)
+            of_full, of_linear, states = before(h, where, scales, tuple(linear.cache))
+            linear.cache = list(states)
+            if of_full:
+                attention, (q, k, v, *gate) = layer.self_attn.full, of_full
+                o = attention.attend(q, k, v, None, full_part(c), scale=attention.scale)
+                of_full = (o, *gate)
+            return after(h, of_full, of_linear)
+
+        return run
+
+
+def key_of(h: mx.array) -> tuple:
+    return h.shape, h.dtype, str(mx.default_stream(mx.default_device()))
+
+
+def takes(layers: Sequence[nn.Module], cache: Sequence[Any]) -> bool:
+    """Whether all layers can be told their place by an array, and go on from states."""
+    if layers[0].training:
+        return False
+    for layer, c in zip(layers, cache):
+        attention, linear = layer.self_attn, linear_part(c)
+        if "full" in attention and not attention.full.takes_arrays:
+            return False
+        if linear is not None and (
+            not attention.linear.takes_arrays
+            or linear.left_padding is not None
+            or linear.lengths is not None
+            or any(state is None for state in linear.cache)
+        ):
+            return False
+    return True
+
+
+def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
+    """What a layer does before attention and after it, compiled; None without linear heads."""
+    attention = layer.self_attn
+    if "linear" not in attention:
+        return None
+
+    def before(h, where, scales, states):
+        of_full = attention.full.projections if "full" in attention else []
+        x = layer.input_layernorm(h)
+        projected = attention.side_by_side.apart(x, of_full + attention.linear.projections)
+        of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
+        if of_full:
+            q, *others = attention.full.heads(of_full, h.shape[1], where.reshape(()))
+            for factor in scales:
+                q = (q * factor).astype(q.dtype)
+            of_full = (q, *others)
+        cache = ArraysCache(size=len(states))
+        cache.cache = list(states)
+        o, gate = attention.linear(x, None, cache, where, of_linear)
+        return tuple(of_full), (o,) if gate is None else (o, gate), tuple(cache.cache)
+
+    def after(h, of_full, of_linear):
+        kinds = [attention.full_outputs(*of_full)] if of_full else []
+        kinds.append(attention.linear_outputs(*of_linear))
+        h = h + attention.o_proj(attention.fuse(kinds).astype(h.dtype))
+        return h + layer.mlp(layer.post_attention_layernorm(h))
+
+    return mx.compile(before), mx.compile(after)

@@ -1,0 +1,126 @@
+"""Compiled steps of a prefill are ordinary ones. Plain operations stand in for the kernels."""
+
+import mlx.core as mx
+import pytest
+import tiny
+from mlx.utils import tree_map
+from mlx_lm.models.cache import make_prompt_cache
+from test_compiled_step import CASES, SIZES, with_lora
+
+from mlx_hydra.models import compiled_prefill, compiled_step, hydrahead
+from mlx_hydra.models.cache import full_part, linear_part
+
+T = 8
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Counts the layers that run compiled."""
+    monkeypatch.setattr(hydrahead, "kernels_run", lambda: True)
+    monkeypatch.setattr(hydrahead, "PREFILL", T)
+    for module in (compiled_step, hydrahead):
+        monkeypatch.setattr(module, "runs_on_gpu", lambda: True)
+    calls, make = [], compiled_prefill.functions_of
+
+    def counted(layer):
+        found = make(layer)
+        if found is None:
+            return None
+
+        def after(h, *kinds):
+            calls.append(h.shape)
+            return found[1](h, *kinds)
+
+        return found[0], after
+
+    monkeypatch.setattr(compiled_prefill, "functions_of", counted)
+    return calls
+
+
+def read(model, tokens, cache, sizes):
+    logits, start = [], 0
+    for size in sizes:
+        logits.append(model(tokens[:, start : start + size], cache=cache))
+        mx.eval(logits[-1], [c.state for c in cache])
+        start += size
+    return mx.concatenate(logits, axis=1)
+
+
+def whole(model, tokens):
+    """Without a cache nothing is compiled."""
+    return model(tokens)
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_compiled_steps_are_ordinary_ones(compiled, changes, batch, kv_bits):
+    model, tokens = tiny.model(**SIZES, **changes).eval(), tiny.tokens(5 * T + 3, batch=batch)
+    layers = sum("linear" in layer.self_attn for layer in model.layers)
+    sizes = (T, T, T, T, 3, T)
+    caches = []
+    for _ in range(2):
+        caches.append(make_prompt_cache(model))
+        if kv_bits is not None:
+            caches[-1] = [
+                c.to_quantized(32, kv_bits) if hasattr(c, "to_quantized") else c for c in caches[-1]
+            ]
+    # The second steps of a length are compiled, but where there are no states.
+    found = read(model, tokens, caches[0], sizes)
+    assert len(compiled) == 3 * layers
+    if kv_bits is None:
+        assert tiny.distance(found, whole(model, tokens)) < 1e-4
+    model.model._compiled_prefill.forget()
+    plain = read(model, tokens, caches[1], (17, 11, 9, 6))
+    assert tiny.distance(found, plain) < (1e-4 if kv_bits is None else 5e-2)
+    for c, other in zip(*caches):
+        if full_part(c) is not None:
+            assert full_part(c).offset == full_part(other).offset == 5 * T + 3
+        if linear_part(c) is not None:
+            for x, y in zip(linear_part(c).cache, linear_part(other).cache):
+                assert x.dtype == y.dtype
+                assert tiny.distance(x, y) < (1e-4 if kv_bits is None else 5e-2)
+
+
+def test_a_second_prompt_goes_on_with_what_is_compiled(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(3 * T)
+    expected = whole(model, tokens)
+    for turn in range(3):
+        cache = make_prompt_cache(model)
+        assert tiny.distance(read(model, tokens, cache, (T, T, T)), expected) < 1e-4
+        traced = dict(model.model._compiled_prefill._traced)
+        # Decode joins other weights, once.
+        read(model, tokens[:, :3], cache, (1, 1, 1))
+        if turn == 2:
+            assert model.model._compiled_prefill._traced == traced == before
+        before = traced
+    assert len(compiled) == 3 * 2 * 2
+
+
+@pytest.mark.parametrize("change", ["weights", "lora"])
+def test_new_weights_are_taken_up(compiled, change):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(4 * T)
+    read(model, tokens, make_prompt_cache(model), (T,) * 4)
+    count = len(compiled)
+    assert count
+    if change == "weights":
+        model.update(tree_map(lambda w: 0.9 * w, model.parameters()))
+    else:
+        with_lora(model)
+    expected = whole(model, tokens)
+    found = read(model, tokens, make_prompt_cache(model), (T,) * 4)
+    assert tiny.distance(found, expected) < 1e-4
+    assert len(compiled) == 2 * count
+
+
+def test_padding_and_training_run_ordinarily(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(3 * T, batch=2)
+    read(model, tokens[:, : 2 * T], make_prompt_cache(model), (T, T))
+    count = len(compiled)
+    cache = make_prompt_cache(model)
+    for c in filter(None, map(linear_part, cache)):
+        c.left_padding = mx.array([0, 2])
+    read(model, tokens, cache, (T, T, T))
+    model.train()
+    read(model, tokens, make_prompt_cache(model), (T, T, T))
+    assert len(compiled) == count
