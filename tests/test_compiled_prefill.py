@@ -85,6 +85,7 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch, kv_bits):
 def test_a_second_prompt_goes_on_with_what_is_compiled(compiled):
     model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(3 * T)
     expected = whole(model, tokens)
+    before = {}
     for turn in range(3):
         cache = make_prompt_cache(model)
         assert tiny.distance(read(model, tokens, cache, (T, T, T)), expected) < 1e-4

@@ -197,6 +197,29 @@ def test_position_and_scale_may_be_arrays(kernel_backend, T, offset, extra):
     )
 
 
+@pytest.mark.parametrize("simdgroups", [1, 8])
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 300, 32),
+        Case(1, 60, 256, mx.float16, kv_index=(0,)),
+        Case(13, 60, 80, mx.bfloat16),
+        Case(20, 40, 128, masked=True),
+        Case(20, 40, 32, scale=400.0),
+    ],
+    ids=["a row", "wide", "odd", "masked", "far apart"],
+)
+def test_few_and_many_rows_are_brought_together(monkeypatch, kernel_backend, case, simdgroups):
+    monkeypatch.setattr(MODULE, "DECODE_SPLIT", (2, 4096))
+    monkeypatch.setattr(MODULE, "PREFILL_SPLIT", (4, 4096))
+    monkeypatch.setattr(MODULE, "MERGE_ROWS", 1 if simdgroups == 1 else 1 << 20)
+    with monkeypatch.context() as patch:
+        calls = recorded(patch)
+        case.run(kernel_backend)
+    assert [name for name, _ in calls][1:] == [MERGE]
+    case.check(kernel_backend)
+
+
 def test_threadgroups_are_not_without_number(monkeypatch, kernel_backend):
     monkeypatch.setattr(MODULE, "DECODE_SPLIT", (4, 12))
     calls = recorded(monkeypatch)

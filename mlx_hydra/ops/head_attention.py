@@ -42,6 +42,9 @@ BUFFERS = {"metal": 1, "cuda": 2}
 DECODE_SPLIT = (256, 4096)
 PREFILL_SPLIT = (512, 512)
 
+# SIMD-groups of a threadgroup that brings splits together; they share a row below so many rows.
+MERGE_SIMDGROUPS, MERGE_ROWS = 8, 256
+
 _INPUTS = (
     *("q", "k", "k_scales", "k_biases", "v", "v_scales", "v_biases", "mask"),
     *("layout", "position", "scale"),
@@ -257,12 +260,14 @@ def _run(q, k, v, call, backend):
     )
     if whole:
         return o
+    outputs = B * Hf * T
+    simdgroups = MERGE_SIMDGROUPS if outputs < MERGE_ROWS else 1
     (o,) = _MERGE(
         backend,
         [o, stats],
-        template=[("T", q.dtype)],
-        groups=(-(-D // 32), B * Hf * T, 1),
-        threads=(256, 1, 1),
+        template=[("T", q.dtype), ("SIMDGROUPS", simdgroups)],
+        groups=(-(-D // 32), -(-outputs * simdgroups // MERGE_SIMDGROUPS), 1),
+        threads=(32 * MERGE_SIMDGROUPS, 1, 1),
         output_shapes=[(B, Hf, T, D)],
         output_dtypes=[q.dtype],
     )
