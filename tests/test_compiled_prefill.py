@@ -1,10 +1,13 @@
 """Compiled steps of a prefill are ordinary ones. Plain operations stand in for the kernels."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import pytest
 import tiny
-from mlx.utils import tree_map
-from mlx_lm.models.cache import make_prompt_cache
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 from test_compiled_step import CASES, SIZES, with_lora
 
 from mlx_hydra.models import compiled_prefill, compiled_step, hydrahead
@@ -67,7 +70,7 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch, kv_bits):
             ]
     # The second steps of a length are compiled, but where there are no states.
     found = read(model, tokens, caches[0], sizes)
-    assert len(compiled) == 3 * layers
+    assert len(compiled) == 4 * layers
     if kv_bits is None:
         assert tiny.distance(found, whole(model, tokens)) < 1e-4
     model.model._compiled_prefill.forget()
@@ -125,3 +128,67 @@ def test_padding_and_training_run_ordinarily(compiled):
     model.train()
     read(model, tokens, make_prompt_cache(model), (T, T, T))
     assert len(compiled) == count
+
+
+def test_masks_of_other_caches_are_heeded(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(4 * T)
+
+    def windowed():
+        cache = make_prompt_cache(model)
+        return [
+            RotatingKVCache(12)
+            if full_part(c) is c
+            else type(c)(RotatingKVCache(12), linear_part(c))
+            if full_part(c) is not None
+            else c
+            for c in cache
+        ]
+
+    found = read(model, tokens, windowed(), (T,) * 4)
+    assert not compiled
+    model.model._compiled_prefill.forget()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hydrahead, "PREFILL", 1000)
+        expected = read(model, tokens, windowed(), (T,) * 4)
+    assert tiny.distance(found, expected) < 1e-5
+
+
+def test_layers_of_ones_own_are_called(compiled):
+    class Louder(hydrahead.TransformerBlock):
+        def __call__(self, x, *others):
+            return 2 * super().__call__(x, *others)
+
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(4 * T)
+    model.layers[1].__class__ = Louder
+    expected = whole(model, tokens)
+    assert tiny.distance(read(model, tokens, make_prompt_cache(model), (T,) * 4), expected) < 1e-4
+    assert not compiled
+
+
+def test_old_weights_are_let_go(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(4 * T)
+    read(model, tokens, make_prompt_cache(model), (T,) * 4)
+    held = [weakref.ref(w) for _, w in tree_flatten(model.parameters())]
+    model.update(tree_map(lambda w: 0.9 * w, model.parameters()))
+    seen, begin = [], hydrahead.begin
+
+    def counting(h):
+        seen.append(sum(ref() is not None for ref in held))
+        begin(h)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hydrahead, "begin", counting)
+        read(model, tokens[:, :T], make_prompt_cache(model), (T,))
+    gc.collect()
+    # Of a layer at most: the new weights are made of the old when they are asked for.
+    assert seen and not any(ref() for ref in held)
+
+
+def test_what_is_read_between_prompts_changes_nothing(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(3 * T)
+    for _ in range(3):
+        read(model, tokens, make_prompt_cache(model), (T, T, T - 3))
+        traced = dict(model.model._compiled_prefill._traced)
+        model(tokens[:, :5])
+        assert model.model._compiled_prefill._traced == traced
+    assert len(traced) == 1

@@ -29,6 +29,11 @@ class CompiledPrefill(Remembered):
     def __reduce__(self):
         return CompiledPrefill, ()
 
+    def check(self, layers: Sequence[nn.Module]) -> None:
+        """Let go of layers that are no longer these; else their weights are held beside them."""
+        if not (self.is_empty or self.remembers(layers)):
+            self.forget()
+
     def remember(self, layers: Sequence[nn.Module], h: Optional[mx.array] = None) -> None:
         """Take what an ordinary step has run for what is compiled in the next of its length."""
         if not self.remembers(layers):
@@ -50,15 +55,12 @@ class CompiledPrefill(Remembered):
             return None
         if not self.remembers(layers):
             return None
-        if key not in self._traced:
-            kept = list(self._traced.items())[1 - TRACES :]
-            functions = [functions_of(layer) for layer in layers]
-            self._traced = dict(kept) | {key: functions}
-        functions = self._traced[key]
+        # The one that was used last comes last, and stays longest. Put down in one piece: another
+        # thread may be here, too.
+        traced = dict(self._traced)
+        functions = traced.pop(key, None) or [functions_of(layer) for layer in layers]
+        self._traced = dict(list(traced.items())[1 - TRACES :]) | {key: functions}
         where = mx.array([offset])
-        full = next((layer.self_attn.full for layer in layers if "full" in layer.self_attn), None)
-        base = None if full is None else full.log_scale_base
-        scales = () if base is None else (log_scales(offset, h.shape[1], base),)
 
         def run(n: int, h: mx.array, c: Any) -> mx.array:
             layer = layers[n]
@@ -66,6 +68,8 @@ class CompiledPrefill(Remembered):
                 return layer(h, None, None, c, offset)
             before, after = functions[n]
             linear = linear_part(c)
+            base = layer.self_attn.full.log_scale_base if "full" in layer.self_attn else None
+            scales = () if base is None else (log_scales(offset, h.shape[1], base),)
             of_full, of_linear, states = before(h, where, scales, tuple(linear.cache))
             linear.cache = list(states)
             if of_full:

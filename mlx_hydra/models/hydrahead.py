@@ -414,8 +414,11 @@ class HydraHeadModel(nn.Module):
         if remembers and compiles:
             return self.norm(self._compiled_step(self.layers, h, cache))
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
-        if not (remembers or prefills):
+        if compiles:
+            # This step joins weights, which would be held as they were.
             self._compiled_prefill.forget()
+        elif prefills or self.training:
+            self._compiled_prefill.check(self.layers)
         if self.training or not (remembers or self._compiled_step.is_empty):
             # The weights are others, or will be soon: these would be held beside them.
             self._compiled_step.forget()
@@ -432,7 +435,8 @@ class HydraHeadModel(nn.Module):
         linear_mask = padding_mask(first_linear, h.shape[1])
 
         run = None
-        if prefills and linear_mask is None:
+        of_ours = all(type(layer) is TransformerBlock for layer in self.layers)
+        if prefills and of_ours and linear_mask is None and not isinstance(full_mask, mx.array):
             run = self._compiled_prefill.runner(self.layers, h, cache, offset)
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
