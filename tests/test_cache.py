@@ -3,6 +3,8 @@ import copy
 import mlx.core as mx
 import pytest
 import tiny
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models import cache as mlx_lm_cache
@@ -17,7 +19,7 @@ from mlx_lm.models.cache import (
     trim_prompt_cache,
 )
 
-from mlx_hydra.models.cache import CacheList, cache_bytes, full_part, linear_part
+from mlx_hydra.models.cache import CacheList, append, cache_bytes, full_part, grow, linear_part
 
 NO_CONVOLUTION = {"linear_attention": {"conv_kernel_size": None}}
 ALL_FULL = {"full_attention_heads": [[0, 1, 2, 3]] * 3}
@@ -342,3 +344,31 @@ def test_batched_it_is_made_of_mlx_lms_own_parts(model):
     assert isinstance(merged, CacheList)
     assert isinstance(merged[0], BatchKVCache)
     assert isinstance(merged[1], ArraysCache)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([1, 3, 255, 256, 512, 300]), min_size=1, max_size=6),
+    heads=st.integers(1, 2),
+    kind=st.sampled_from([KVCache, QuantizedKVCache]),
+)
+def test_what_is_appended_is_fetched_as_from_the_caches_own_method(sizes, heads, kind):
+    ours, own = kind(), kind()
+    for size in sizes:
+        # As a projection's heads come.
+        keys, values = (mx.random.normal((2, size, heads, 64)).swapaxes(1, 2) for _ in range(2))
+        found, expected = append(ours, keys, values), own.update_and_fetch(keys, values)
+        for (_, x), (_, y) in zip(tree_flatten(found), tree_flatten(expected)):
+            assert mx.array_equal(x, y)
+        assert ours.offset == own.offset
+        if kind is KVCache:
+            assert ours.keys.shape == own.keys.shape
+
+
+def test_a_grown_cache_holds_what_it_held():
+    cache = KVCache()
+    keys = mx.random.normal((2, 1, 256, 8))
+    append(cache, keys, 2 * keys)
+    grow(cache)
+    assert cache.offset == 256 and cache.keys.shape == (2, 1, 512, 8)
+    assert mx.array_equal(cache.keys_and_values()[0], keys)
+    assert mx.array_equal(cache.keys_and_values()[1], 2 * keys)

@@ -62,27 +62,32 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch, kv_bits):
     layers = sum("linear" in layer.self_attn for layer in model.layers)
     sizes = (T, T, T, T, 3, T)
     caches = []
-    for _ in range(2):
+    for _ in range(3):
         caches.append(make_prompt_cache(model))
         if kv_bits is not None:
             caches[-1] = [
                 c.to_quantized(32, kv_bits) if hasattr(c, "to_quantized") else c for c in caches[-1]
             ]
-    # The second steps of a length are compiled, but where there are no states.
+    # The second steps of a length are compiled.
     found = read(model, tokens, caches[0], sizes)
     assert len(compiled) == 4 * layers
+    # The first of another prompt, which goes on from nothing, is so, too.
+    again = read(model, tokens, caches[2], sizes)
+    assert len(compiled) == 9 * layers
+    assert tiny.distance(again, found) < 1e-4
     if kv_bits is None:
         assert tiny.distance(found, whole(model, tokens)) < 1e-4
     model.model._compiled_prefill.forget()
     plain = read(model, tokens, caches[1], (17, 11, 9, 6))
     assert tiny.distance(found, plain) < (1e-4 if kv_bits is None else 5e-2)
-    for c, other in zip(*caches):
-        if full_part(c) is not None:
-            assert full_part(c).offset == full_part(other).offset == 5 * T + 3
-        if linear_part(c) is not None:
-            for x, y in zip(linear_part(c).cache, linear_part(other).cache):
-                assert x.dtype == y.dtype
-                assert tiny.distance(x, y) < (1e-4 if kv_bits is None else 5e-2)
+    for cache in (caches[0], caches[2]):
+        for c, other in zip(cache, caches[1]):
+            if full_part(c) is not None:
+                assert full_part(c).offset == full_part(other).offset == 5 * T + 3
+            if linear_part(c) is not None:
+                for x, y in zip(linear_part(c).cache, linear_part(other).cache):
+                    assert x.dtype == y.dtype
+                    assert tiny.distance(x, y) < (1e-4 if kv_bits is None else 5e-2)
 
 
 def test_a_second_prompt_goes_on_with_what_is_compiled(compiled):
@@ -98,7 +103,8 @@ def test_a_second_prompt_goes_on_with_what_is_compiled(compiled):
         if turn == 2:
             assert model.model._compiled_prefill._traced == traced == before
         before = traced
-    assert len(compiled) == 3 * 2 * 2
+    # Two steps of the first two prompts, all of the third.
+    assert len(compiled) == 2 * (2 + 2 + 3)
 
 
 @pytest.mark.parametrize("change", ["weights", "lora"])

@@ -178,14 +178,17 @@ def test_compiled_ops_take_what_mlx_lm_brings(compiled_ops, kind):
     assert compiled_ops
 
 
-def test_a_cache_that_grows_is_grown_by_an_ordinary_step(compiled):
+@pytest.mark.parametrize("room", [256, 250])
+def test_a_full_cache_is_made_to_grow(compiled, room):
     model, tokens = tiny.model(**SIZES), tiny.tokens(12)
     plain, cache = begun(model, tokens=250), begun(model, tokens=250)
+    for kv in filter(None, map(full_part, cache)):
+        kv.keys, kv.values = (rows[:, :, :room] for rows in (kv.keys, kv.values))
     expected = read(model, tokens, plain, one_by_one=False)
     assert tiny.distance(read(model, tokens, cache), expected) < 1e-4
-    # All but the first, and the one that found no room.
-    assert len(compiled) == 10
-    assert keys_of(cache).shape[2] == 512
+    # All but the first, which grows a cache itself.
+    assert len(compiled) == 11
+    assert keys_of(cache).shape[2] == room + 256
 
 
 def test_a_few_traces_are_kept(compiled):

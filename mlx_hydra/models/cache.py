@@ -78,6 +78,35 @@ def cache_bytes(caches: list) -> dict[str, int]:
     }
 
 
+def append(cache: Any, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+    """Put down keys and values ``[B, H, T, D]`` and fetch all, as the cache's own method does.
+
+    A plain cache whose buffers are full and will be full again gets them side by side, where that
+    method would make room of zeros, and fill it then.
+    """
+    T = keys.shape[2]
+    if type(cache) is not KVCache or (cache.offset + T) % cache.step:
+        return cache.update_and_fetch(keys, values)
+    if cache.keys is None:
+        cache.keys, cache.values = mx.contiguous(keys), mx.contiguous(values)
+    elif cache.offset == cache.keys.shape[2]:
+        cache.keys = mx.concatenate([cache.keys, keys], axis=2)
+        cache.values = mx.concatenate([cache.values, values], axis=2)
+    else:
+        return cache.update_and_fetch(keys, values)
+    cache.offset += T
+    return cache.keys, cache.values
+
+
+def grow(cache: KVCache) -> None:
+    """Make room behind a plain cache's full buffers, as its own method would for a token."""
+    for name in ("keys", "values"):
+        rows = getattr(cache, name)
+        B, H, _, D = rows.shape
+        room = mx.zeros((B, H, cache.step, D), rows.dtype)
+        setattr(cache, name, mx.concatenate([rows, room], axis=2))
+
+
 def padding_mask(cache: Optional[ArraysCache], T: int) -> Optional[mx.array]:
     """Which of the next T tokens are no padding, bool ``[B, T]``; None where all are.
 

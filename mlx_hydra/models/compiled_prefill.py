@@ -53,14 +53,12 @@ class CompiledPrefill(Remembered):
         key = key_of(h)
         if not isinstance(offset, int) or key not in self._seen or not takes(layers, cache):
             return None
-        if not self.remembers(layers):
-            return None
         # The one that was used last comes last, and stays longest. Put down in one piece: another
         # thread may be here, too.
         traced = dict(self._traced)
         functions = traced.pop(key, None) or [functions_of(layer) for layer in layers]
         self._traced = dict(list(traced.items())[1 - TRACES :]) | {key: functions}
-        where = mx.array([offset])
+        where, empty = mx.array([offset]), {}
 
         def run(n: int, h: mx.array, c: Any) -> mx.array:
             layer = layers[n]
@@ -70,7 +68,13 @@ class CompiledPrefill(Remembered):
             linear = linear_part(c)
             base = layer.self_attn.full.log_scale_base if "full" in layer.self_attn else None
             scales = () if base is None else (log_scales(offset, h.shape[1], base),)
-            of_full, of_linear, states = before(h, where, scales, tuple(linear.cache))
+            states = linear.cache
+            if states[0] is None:
+                # Layers of as many heads take the same zeros.
+                heads = layer.self_attn.linear
+                states = empty.get(heads.n_heads) or heads.empty_states(h)
+                empty[heads.n_heads] = states
+            of_full, of_linear, states = before(h, where, scales, tuple(states))
             linear.cache = list(states)
             if of_full:
                 attention, (q, k, v, *gate) = layer.self_attn.full, of_full
@@ -86,7 +90,7 @@ def key_of(h: mx.array) -> tuple:
 
 
 def takes(layers: Sequence[nn.Module], cache: Sequence[Any]) -> bool:
-    """Whether all layers can be told their place by an array, and go on from states."""
+    """Whether all layers can be told their place by an array, and have all states or none."""
     if layers[0].training:
         return False
     for layer, c in zip(layers, cache):
@@ -97,7 +101,7 @@ def takes(layers: Sequence[nn.Module], cache: Sequence[Any]) -> bool:
             not attention.linear.takes_arrays
             or linear.left_padding is not None
             or linear.lengths is not None
-            or any(state is None for state in linear.cache)
+            or len({state is None for state in linear.cache}) > 1
         ):
             return False
     return True
@@ -127,7 +131,7 @@ def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
     def after(h, of_full, of_linear):
         kinds = [attention.full_outputs(*of_full)] if of_full else []
         kinds.append(attention.linear_outputs(*of_linear))
-        h = h + attention.o_proj(attention.fuse(kinds).astype(h.dtype))
+        h = h + attention.o_proj(attention.fused(kinds).astype(h.dtype))
         return h + layer.mlp(layer.post_attention_layernorm(h))
 
     return mx.compile(before), mx.compile(after)

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache
 
 from ..ops.backend import kernels_run
 from ..ops.head_attention import takes_arrays
-from .cache import CacheList, full_part, linear_part
+from .cache import CacheList, full_part, grow, linear_part
 
 # Compiled functions that are kept.
 TRACES = 4
@@ -114,14 +114,14 @@ class Remembered:
 class CompiledStep(Remembered):
     """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
 
-    An ordinary step has to run first (:meth:`remember`). A cache that has grown is noticed.
+    An ordinary step has to run first (:meth:`remember`). A cache that is full is made to grow.
     """
 
     def __reduce__(self):
         return CompiledStep, ()
 
     def takes(self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any]) -> bool:
-        """Whether the step is a token on a GPU, over plain caches with room for it.
+        """Whether the step is a token on a GPU, over plain caches.
 
         On the CPU MLX would have to build kernels with the machine's compiler, for seconds.
         """
@@ -152,13 +152,15 @@ class CompiledStep(Remembered):
         offset, room = places.pop()
         part = next(part for c in cache if (part := linear_part(c)) is not None)
         by_kernels = heads.step_backend(h, part) != "ops"
-        return offset < room and heads.takes_arrays and by_kernels == kernels_run()
+        return offset <= room and heads.takes_arrays and by_kernels == kernels_run()
 
     def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
         """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
         arrays = []
         for c in cache:
             full, linear = full_part(c), linear_part(c)
+            if full is not None and full.offset == full.keys.shape[2]:
+                grow(full)
             arrays.append(
                 (
                     () if full is None else (full.keys, full.values),

@@ -22,6 +22,7 @@ from ..ops.gated_delta_step import MOST_TOKENS, Weights, gated_delta_step, step_
 from .cache import (
     CONV,
     RECURRENT,
+    append,
     depends_on_counters,
     full_part,
     linear_part,
@@ -123,7 +124,7 @@ class FullAttention(nn.Module):
         """Put down keys and values, and attend to all; ``[B, T, H, D]``."""
         T, quantised = q.shape[2], {}
         if cache is not None:
-            k, v = cache.update_and_fetch(k, v)
+            k, v = append(cache, k, v)
             if hasattr(cache, "bits"):
                 quantised = {"group_size": cache.group_size, "bits": cache.bits}
         keys = k[0] if quantised else k
@@ -236,6 +237,14 @@ class LinearAttention(nn.Module):
         gate = [self.g_proj] if "g_proj" in self else []
         return [self.q_proj, self.k_proj, self.v_proj, *gate, self.a_proj, self.b_proj]
 
+    def empty_states(self, h: mx.array) -> list[mx.array]:
+        """What the cache of ``h [B, T, hidden]`` holds before the first token."""
+        B, H, D = len(h), self.n_heads, self.head_dim
+        states = {RECURRENT: mx.zeros((B, H, D, D), mx.float32)}
+        if self.taps:
+            states[CONV] = mx.zeros((B, self.taps - 1, 3 * H * D), h.dtype)
+        return [states[place] for place in sorted(states)]
+
     @property
     def weights(self) -> Weights:
         convolution = None
@@ -323,7 +332,7 @@ class Attention(nn.Module):
         if "linear" in self:
             o, gate = self.linear(x, linear_mask, linear_part(cache), offset, of_linear)
             kinds.append(self.linear_outputs(o, gate))
-        return self.fuse(kinds).astype(x.dtype)
+        return self.fused(kinds).astype(x.dtype)
 
     def full_outputs(self, o, gate=None) -> HeadOutputs:
         return HeadOutputs(o, gate, self.full_eps, "sigmoid")
@@ -331,7 +340,7 @@ class Attention(nn.Module):
     def linear_outputs(self, o, gate=None) -> HeadOutputs:
         return HeadOutputs(o, gate, self.linear_eps, "silu")
 
-    def fuse(self, kinds) -> mx.array:
+    def fused(self, kinds) -> mx.array:
         """What o_proj reads of one kind of heads or two."""
         if "fusion" in self:
             return fuse_kinds(kinds, self.fusion.gamma)
