@@ -1,5 +1,12 @@
 // Tiles of keys and values for head_attention_prefill.
 
+// A maximum is not raised before a score is 2^GROWTH above it: weights stay far inside half's
+// range, and what is summed seldom has to be scaled again.
+constant constexpr float GROWTH = 8;
+
+// With it HIDDEN / factor is a number.
+constant constexpr float SMALLEST_FACTOR = 1e-8f;
+
 template <int BITS>
 struct bits_of {};
 
@@ -18,7 +25,23 @@ METAL_FUNC void fill_tiles(
     int end,
     int index) {
   constexpr int N = 16 / int(sizeof(T));
-  constexpr int PIECES = KEYS * D / N;
+  constexpr int ACROSS = D / N;
+  constexpr int PIECES = KEYS * ACROSS;
+  // A thread's pieces are one above the other.
+  constexpr int DOWN = THREADS / ACROSS;
+  if (WIDE && THREADS % ACROSS == 0 && PIECES % THREADS == 0 && start + KEYS <= end) {
+    const int row = index / ACROSS;
+    const int first = index % ACROSS * N;
+    const auto key = keys.words + (start + row) * keys.stride + first;
+    const auto value = values.words + (start + row) * values.stride + first;
+#pragma unroll
+    for (short u = 0; u < KEYS * ACROSS / THREADS; u++) {
+      const int place = (row + u * DOWN) * STRIDE + first;
+      copy_run<N>(key_tile + place, key + u * (DOWN * keys.stride));
+      copy_run<N>(value_tile + place, value + u * (DOWN * values.stride));
+    }
+    return;
+  }
 #pragma unroll 1
   for (int p = index; p < PIECES; p += THREADS) {
     const long row = metal::min(start + p / (D / N), end - 1);

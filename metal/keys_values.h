@@ -63,6 +63,13 @@ METAL_FUNC void write_run(threadgroup T* target, const thread T* e) {
 }
 
 template <int N, typename T>
+METAL_FUNC void write_device_run(device T* target, const thread T* e) {
+  for (short i = 0; i < N; i++) {
+    target[i] = e[i];
+  }
+}
+
+template <int N, typename T>
 METAL_FUNC void copy_run(threadgroup T* target, const device T* source) {
   for (short i = 0; i < N; i++) {
     target[i] = source[i];

@@ -28,6 +28,13 @@ METAL_FUNC short tile_col(short lane, short i) {
   return ((lane >> 1) & 4) + 2 * (lane & 1) + (i & 1) + 8 * (i >> 2);
 }
 
+// Elements side by side, as e[0] and e[1].
+template <typename T>
+METAL_FUNC void set_pair(thread T* e, T x, T y) {
+  e[0] = x;
+  e[1] = y;
+}
+
 METAL_FUNC short right_row(short lane, short i) {
   return tile_row(lane, i);
 }
@@ -78,6 +85,12 @@ METAL_FUNC void multiply_add(
 METAL_FUNC void clear(thread tile<float>& t) {
   for (short i = 0; i < 8; i++) {
     t.e[i] = 0;
+  }
+}
+
+METAL_FUNC void negate(thread tile<float>& t) {
+  for (short i = 0; i < 8; i++) {
+    t.e[i] = -t.e[i];
   }
 }
 

@@ -185,6 +185,18 @@ def test_a_tile_may_be_on_its_way_while_one_is_worked_on(
         Case(T, offset, 32).check(kernel_backend)
 
 
+@pytest.mark.parametrize("dtype, bits, masked", [(mx.float16, None, False), (mx.bfloat16, 8, True)])
+@pytest.mark.parametrize("T, offset", [(9, 3), (21, 50), (40, 100)])
+def test_a_simdgroup_may_have_two_tiles_of_rows(
+    monkeypatch, kernel_backend, T, offset, dtype, bits, masked
+):
+    monkeypatch.setattr(MODULE, "SIMDGROUPS", {kernel_backend: 1})
+    monkeypatch.setattr(MODULE, "ROW_TILES", {kernel_backend: 2})
+    for split in (64, 1000):
+        monkeypatch.setattr(MODULE, "PREFILL_SPLIT", (split, 4096))
+        Case(T, offset, 32, dtype, bits, masked=masked).check(kernel_backend)
+
+
 @pytest.mark.parametrize("T, offset, extra", [(1, 1, 1000), (1, 300, 700), (9, 4, 900)])
 def test_position_and_scale_may_be_arrays(kernel_backend, T, offset, extra):
     # Of the splits that the length of the buffers calls for some have nothing to read.

@@ -70,6 +70,10 @@ METAL_FUNC T simd_shuffle_down(T x, ushort delta) {
   return __shfl_down_sync(ALL_LANES, x, delta);
 }
 
+METAL_FUNC bool simd_any(bool x) {
+  return __any_sync(ALL_LANES, x);
+}
+
 template <typename T>
 METAL_FUNC T simd_sum(T x) {
   for (int mask = 16; mask > 0; mask /= 2) {
@@ -110,6 +114,7 @@ METAL_FUNC float cos(float x) { return ::cosf(x); }
 METAL_FUNC float abs(float x) { return ::fabsf(x); }
 METAL_FUNC float fma(float a, float b, float c) { return ::fmaf(a, b, c); }
 template <typename T> METAL_FUNC T max(T a, T b) { return a > b ? a : b; }
+METAL_FUNC float max(float a, float b) { return ::fmaxf(a, b); }
 template <typename T> METAL_FUNC T min(T a, T b) { return a < b ? a : b; }
 template <typename T> METAL_FUNC T clamp(T x, T low, T high) { return min(max(x, low), high); }
 // clang-format on
@@ -178,6 +183,11 @@ METAL_FUNC void write_run(T* target, const T* e) {
     memcpy(&piece, e + i, sizeof(Piece));
     *reinterpret_cast<Piece*>(target + i) = piece;
   }
+}
+
+template <int N, typename T>
+METAL_FUNC void write_device_run(T* target, const T* e) {
+  write_run<N>(target, e);
 }
 
 // From device to threadgroup memory, 16 bytes, on its way until wait_for_copies.

@@ -74,6 +74,18 @@ METAL_FUNC unsigned int pair_bits(T x, T y) {
   return bits;
 }
 
+// As one word: the compiler keeps the halves of pairs that are written singly in registers each.
+template <typename T>
+METAL_FUNC void set_pair(T* e, T x, T y) {
+  const unsigned int bits = pair_bits(x, y);
+  memcpy(e, &bits, sizeof(bits));
+}
+
+METAL_FUNC void set_pair(float* e, float x, float y) {
+  e[0] = x;
+  e[1] = y;
+}
+
 template <typename T>
 METAL_FUNC void multiply_add(tile<float>& c, const tile<T>& a, const right_tile<T>& b) {
   unsigned int left[4], right[4];
