@@ -3,8 +3,9 @@
 // Inputs and outputs are those of head_attention_decode. The queries of all heads that read one KV
 // head are rows, token by token: row = t * heads + head; blocks counts tiles of rows.
 // Template: T; D, a multiple of 16 up to 256; SIMDGROUPS of 1, 2, 4, 8; ROW_TILES of 1, 2; KEYS, a
-// multiple of 16: keys a tile; BITS of 0 (plain), 4, 8; GROUP; MASKED; WHOLE; BUFFERS of 1, or 2
-// where the next tile is to be on its way while one is worked on.
+// multiple of 16: keys a tile; AT_ONCE, a multiple of 16 and divisor of KEYS: keys whose scores are
+// held; BITS of 0 (plain), 4, 8; GROUP; MASKED; WHOLE; BUFFERS of 1, or 2 where the next tile is to
+// be on its way while one is worked on.
 // Grid: splits * blocks, the n KV heads, B threadgroups of 32 * SIMDGROUPS * (D > 128 ? 2 : 1).
 // A SIMD-group has ROW_TILES times 16 rows, for which it reads a tile of keys or values once; where
 // D > 128 two have them, each with half of the output's columns. The last rows, which see most, come
@@ -100,6 +101,7 @@ const int seen_by_simdgroup = MASKED
 const int range = (total + splits - 1) / splits;
 const int begin = split * range;
 const int end = metal::min(begin + range, seen_by_any + 1);
+const int simdgroup_end = metal::min(end, seen_by_simdgroup + 1);
 
 // With a factor above zero the largest product is the largest score.
 const bool negative = scale[0] < 0;
@@ -155,126 +157,132 @@ for (int step = 0; step < tiles + BUFFERS - 1; step++) {
     wait_for_copies();
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  const int start = begin + (step - BUFFERS + 1) * KEYS;
-  if (start < begin || start > seen_by_simdgroup) {
+  if (step < BUFFERS - 1) {
     continue;
   }
   const int in_use = (step + BUFFERS - 1) % BUFFERS * (KEYS * STRIDE);
-
-  tile<float> scores[ROW_TILES][KEYS / 16];
 #pragma unroll
-  for (short b = 0; b < KEYS / 16; b++) {
-#pragma unroll
-    for (short r = 0; r < ROW_TILES; r++) {
-      clear(scores[r][b]);
+  for (short part = 0; part < KEYS; part += AT_ONCE) {
+    const int start = begin + (step - BUFFERS + 1) * KEYS + part;
+    if (start >= simdgroup_end) {
+      continue;
     }
-  }
+    const threadgroup T* keys_in_use = key_tiles + in_use + part * STRIDE;
+    const threadgroup T* values_in_use = value_tiles + in_use + part * STRIDE + first_column;
+
+    tile<float> scores[ROW_TILES][AT_ONCE / 16];
 #pragma unroll
-  for (short c = 0; c < D / 16; c++) {
-#pragma unroll
-    for (short b = 0; b < KEYS / 16; b++) {
-      right_tile<T> right;
-      load_transposed_aligned(
-          right, key_tiles + in_use + b * 16 * STRIDE + c * 16, STRIDE, lane);
+    for (short b = 0; b < AT_ONCE / 16; b++) {
 #pragma unroll
       for (short r = 0; r < ROW_TILES; r++) {
-        multiply_add(scores[r][b], queries[r][c], right);
+        clear(scores[r][b]);
       }
     }
-  }
+#pragma unroll
+    for (short c = 0; c < D / 16; c++) {
+#pragma unroll
+      for (short b = 0; b < AT_ONCE / 16; b++) {
+        right_tile<T> right;
+        load_transposed_aligned(right, keys_in_use + b * 16 * STRIDE + c * 16, STRIDE, lane);
+#pragma unroll
+        for (short r = 0; r < ROW_TILES; r++) {
+          multiply_add(scores[r][b], queries[r][c], right);
+        }
+      }
+    }
 
-  if (negative) {
+    if (negative) {
 #pragma unroll
-    for (short r = 0; r < ROW_TILES; r++) {
+      for (short r = 0; r < ROW_TILES; r++) {
 #pragma unroll
-      for (short b = 0; b < KEYS / 16; b++) {
-        negate(scores[r][b]);
+        for (short b = 0; b < AT_ONCE / 16; b++) {
+          negate(scores[r][b]);
+        }
       }
     }
-  }
-  if (start + KEYS > end || start + KEYS - 1 > seen_by_all) {
-    const float hidden = metal::fast::divide(HIDDEN, factor);
+    if (start + AT_ONCE > end || start + AT_ONCE - 1 > seen_by_all) {
+      const float hidden = metal::fast::divide(HIDDEN, factor);
+#pragma unroll
+      for (short r = 0; r < ROW_TILES; r++) {
+#pragma unroll
+        for (short b = 0; b < AT_ONCE / 16; b++) {
+#pragma unroll
+          for (short i = 0; i < 8; i++) {
+            const short j = (i >> 1) & 1;
+            const int key = start + b * 16 + tile_col(lane, i);
+            bool seen = key < end;
+            if (MASKED) {
+              const long place = mask_row[r][j] + metal::min(key, end - 1) * mask_strides[3];
+              seen = seen && float(mask[place]) != 0;
+            } else {
+              seen = seen && key <= last[r][j];
+            }
+            scores[r][b].e[i] = seen ? scores[r][b].e[i] : hidden;
+          }
+        }
+      }
+    }
+
+    float largest[ROW_TILES][2];
+    bool grows = false;
 #pragma unroll
     for (short r = 0; r < ROW_TILES; r++) {
 #pragma unroll
-      for (short b = 0; b < KEYS / 16; b++) {
+      for (short j = 0; j < 2; j++) {
+        largest[r][j] = scores[r][0].e[2 * j];
+#pragma unroll
+        for (short b = 0; b < AT_ONCE / 16; b++) {
+#pragma unroll
+          for (short i = 2 * j; i < 8; i += 4) {
+            largest[r][j] = metal::max(
+                largest[r][j], metal::max(scores[r][b].e[i], scores[r][b].e[i + 1]));
+          }
+        }
+        grows = grows || metal::fma(largest[r][j], factor, -m[r][j]) > GROWTH;
+      }
+    }
+    if (simd_any(grows)) {
+#pragma unroll
+      for (short r = 0; r < ROW_TILES; r++) {
+        float kept[2];
+#pragma unroll
+        for (short j = 0; j < 2; j++) {
+          const float found = metal::max(m[r][j], row_max(largest[r][j]) * factor);
+          kept[j] = power_of_two(m[r][j] - found);
+          m[r][j] = found;
+          l[r][j] *= kept[j];
+        }
+#pragma unroll
+        for (short c = 0; c < COLUMNS / 16; c++) {
+#pragma unroll
+          for (short i = 0; i < 8; i++) {
+            output[r][c].e[i] *= kept[(i >> 1) & 1];
+          }
+        }
+      }
+    }
+#pragma unroll
+    for (short b = 0; b < AT_ONCE / 16; b++) {
+      tile<T> weights[ROW_TILES];
+#pragma unroll
+      for (short r = 0; r < ROW_TILES; r++) {
 #pragma unroll
         for (short i = 0; i < 8; i++) {
           const short j = (i >> 1) & 1;
-          const int key = start + b * 16 + tile_col(lane, i);
-          bool seen = key < end;
-          if (MASKED) {
-            const long place = mask_row[r][j] + metal::min(key, end - 1) * mask_strides[3];
-            seen = seen && float(mask[place]) != 0;
-          } else {
-            seen = seen && key <= last[r][j];
-          }
-          scores[r][b].e[i] = seen ? scores[r][b].e[i] : hidden;
+          const float p = power_of_two(metal::fma(scores[r][b].e[i], factor, -m[r][j]));
+          scores[r][b].e[i] = p;
+          l[r][j] += p;
         }
-      }
-    }
-  }
-
-  float largest[ROW_TILES][2];
-  bool grows = false;
-#pragma unroll
-  for (short r = 0; r < ROW_TILES; r++) {
-#pragma unroll
-    for (short j = 0; j < 2; j++) {
-      largest[r][j] = scores[r][0].e[2 * j];
-#pragma unroll
-      for (short b = 0; b < KEYS / 16; b++) {
-#pragma unroll
-        for (short i = 2 * j; i < 8; i += 4) {
-          largest[r][j] = metal::max(
-              largest[r][j], metal::max(scores[r][b].e[i], scores[r][b].e[i + 1]));
-        }
-      }
-      grows = grows || metal::fma(largest[r][j], factor, -m[r][j]) > GROWTH;
-    }
-  }
-  if (simd_any(grows)) {
-#pragma unroll
-    for (short r = 0; r < ROW_TILES; r++) {
-      float kept[2];
-#pragma unroll
-      for (short j = 0; j < 2; j++) {
-        const float found = metal::max(m[r][j], row_max(largest[r][j]) * factor);
-        kept[j] = power_of_two(m[r][j] - found);
-        m[r][j] = found;
-        l[r][j] *= kept[j];
+        weights[r] = as_operand<T>(scores[r][b]);
       }
 #pragma unroll
       for (short c = 0; c < COLUMNS / 16; c++) {
+        right_tile<T> right;
+        load_aligned(right, values_in_use + b * 16 * STRIDE + c * 16, STRIDE, lane);
 #pragma unroll
-        for (short i = 0; i < 8; i++) {
-          output[r][c].e[i] *= kept[(i >> 1) & 1];
+        for (short r = 0; r < ROW_TILES; r++) {
+          multiply_add(output[r][c], weights[r], right);
         }
-      }
-    }
-  }
-#pragma unroll
-  for (short b = 0; b < KEYS / 16; b++) {
-    tile<T> weights[ROW_TILES];
-#pragma unroll
-    for (short r = 0; r < ROW_TILES; r++) {
-#pragma unroll
-      for (short i = 0; i < 8; i++) {
-        const short j = (i >> 1) & 1;
-        const float p = power_of_two(metal::fma(scores[r][b].e[i], factor, -m[r][j]));
-        scores[r][b].e[i] = p;
-        l[r][j] += p;
-      }
-      weights[r] = as_operand<T>(scores[r][b]);
-    }
-#pragma unroll
-    for (short c = 0; c < COLUMNS / 16; c++) {
-      right_tile<T> right;
-      load_aligned(
-          right, value_tiles + in_use + b * 16 * STRIDE + first_column + c * 16, STRIDE, lane);
-#pragma unroll
-      for (short r = 0; r < ROW_TILES; r++) {
-        multiply_add(output[r][c], weights[r], right);
       }
     }
   }

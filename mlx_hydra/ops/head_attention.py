@@ -37,12 +37,14 @@ DECODE_READS = {None: (16, 2), 8: (16, 2), 4: (16, 2)}
 # where the machine copies on its own.
 BUFFERS = {"metal": 1, "cuda": 2}
 
-# SIMD-groups of a threadgroup of the kernel for many queries, and the tiles of 16 rows that each
-# has at most where elements have 16 bits and heads up to 128: registers hold two with CUDA.
+# For the kernel for many queries: SIMD-groups of a threadgroup; tiles of 16 rows that each has where
+# elements have 16 bits and heads up to 128, which takes the registers there are with CUDA; and by
+# these tiles, keys whose scores it holds.
 SIMDGROUPS = {"metal": 4, "cuda": 4}
 ROW_TILES = {"metal": 1, "cuda": 2}
+AT_ONCE = {1: 32, 2: 16}
 
-# Keys of a tile with CUDA, and with Metal, by the bytes of a key up to which they fit.
+# Keys of a tile, and the bytes of a key up to which it has so many, else 16.
 KEYS = {"metal": (32, 128), "cuda": (32, 256)}
 
 # Keys are split among threadgroups: not below the first number of keys a threadgroup, nor above
@@ -234,14 +236,15 @@ def _run(q, k, v, call, backend):
         kernel = _PREFILL
         most = SIMDGROUPS[backend]
         simdgroups = next(s for s in (1, 2, 4, 8) if 16 * s >= min(queries, 16 * most))
-        wide = queries > 16 * most and size == 2 and D <= 128
-        row_tiles = ROW_TILES[backend] if wide else 1
+        many = queries > 16 * most and size == 2 and D <= 128
+        row_tiles = ROW_TILES[backend] if many else 1
         tile, up_to = KEYS[backend]
         tile = tile if D * size <= up_to else 16
+        at_once = min(AT_ONCE[row_tiles], tile)
         rows = 16 * simdgroups * row_tiles
         buffers = BUFFERS[backend] if call.bits is None and D * size < 1024 else 1
         template = [("SIMDGROUPS", simdgroups), ("KEYS", tile), ("BUFFERS", buffers)]
-        template.append(("ROW_TILES", row_tiles))
+        template += [("ROW_TILES", row_tiles), ("AT_ONCE", at_once)]
         threads, split = 32 * simdgroups * (2 if D > 128 else 1), PREFILL_SPLIT
     blocks = -(-queries // rows)
     splits = max(1, min(-(-total // split[0]), split[1] // (B * n * blocks)))
