@@ -8,8 +8,8 @@
 // be on its way while one is worked on.
 // Grid: splits * blocks, the n KV heads, B threadgroups of 32 * SIMDGROUPS * (D > 128 ? 2 : 1).
 // A SIMD-group has ROW_TILES times 16 rows, for which it reads a tile of keys or values once; where
-// D > 128 two have them, each with half of the output's columns. The last rows, which see most, come
-// first.
+// D > 128 two have them, each with half of the output's columns. The last rows, which see most,
+// come first.
 // Threadgroup memory: 2 * BUFFERS * KEYS * STRIDE elements of T, with one buffer 32 KB at most.
 
 constexpr int PARTS = D > 128 ? 2 : 1;
@@ -212,8 +212,8 @@ for (int step = 0; step < tiles + BUFFERS - 1; step++) {
             const int key = start + b * 16 + tile_col(lane, i);
             bool seen = key < end;
             if (MASKED) {
-              const long place = mask_row[r][j] + metal::min(key, end - 1) * mask_strides[3];
-              seen = seen && float(mask[place]) != 0;
+              const long element = mask_row[r][j] + metal::min(key, end - 1) * mask_strides[3];
+              seen = seen && float(mask[element]) != 0;
             } else {
               seen = seen && key <= last[r][j];
             }

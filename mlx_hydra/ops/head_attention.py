@@ -37,9 +37,9 @@ DECODE_READS = {None: (16, 2), 8: (16, 2), 4: (16, 2)}
 # where the machine copies on its own.
 BUFFERS = {"metal": 1, "cuda": 2}
 
-# For the kernel for many queries: SIMD-groups of a threadgroup; tiles of 16 rows that each has where
-# elements have 16 bits and heads up to 128, which takes the registers there are with CUDA; and by
-# these tiles, keys whose scores it holds.
+# For the kernel for many queries: SIMD-groups of a threadgroup; tiles of 16 rows that each has
+# where elements have 16 bits and heads up to 128, which takes the registers there are with CUDA;
+# and by these tiles, keys whose scores it holds.
 SIMDGROUPS = {"metal": 4, "cuda": 4}
 ROW_TILES = {"metal": 1, "cuda": 2}
 AT_ONCE = {1: 32, 2: 16}
