@@ -251,8 +251,8 @@ def test_scales_belong_to_their_groups(kernel_backend, group_size, T):
     Case(T, 20, 128, mx.float32, 4, group_size=group_size).check(kernel_backend)
 
 
-@pytest.mark.parametrize("T, offset", [(1, 0), (1, 70), (20, 0)])
-@pytest.mark.parametrize("scale", [400.0, 40.0, -40.0, 1e-3])
+@pytest.mark.parametrize("T, offset", [(1, 0), (1, 70), (20, 0), (20, 70)])
+@pytest.mark.parametrize("scale", [400.0, 40.0, -40.0, 3.0, 1e-3])
 def test_scores_of_any_size_give_weights(kernel_backend, scale, T, offset):
     Case(T, offset, 32, scale=scale).check(kernel_backend)
 
