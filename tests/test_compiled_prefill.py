@@ -8,7 +8,7 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
-from test_compiled_step import CASES, SIZES, with_lora
+from test_compiled_step import CASES, SIZES, attention, with_lora
 
 from mlx_hydra.models import compiled_prefill, compiled_step, hydrahead
 from mlx_hydra.models.cache import full_part, linear_part
@@ -30,9 +30,12 @@ def compiled(monkeypatch):
         if found is None:
             return None
 
-        def after(h, *kinds):
-            calls.append(h.shape)
-            return found[1](h, *kinds)
+        def after(splits):
+            def finish(h, *others):
+                calls.append(h.shape)
+                return found[1](splits)(h, *others)
+
+            return finish
 
         return found[0], after
 
@@ -88,6 +91,35 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch, kv_bits):
                 for x, y in zip(linear_part(c).cache, linear_part(other).cache):
                     assert x.dtype == y.dtype
                     assert tiny.distance(x, y) < (1e-4 if kv_bits is None else 5e-2)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_attention_that_is_compiled_reads_on_behind_the_first_key(
+    compiled, monkeypatch, changes, batch
+):
+    model, tokens = tiny.model(**SIZES, **changes).eval(), tiny.tokens(3 * T, batch=batch)
+    expected = whole(model, tokens)
+    held, calls, append = [], [], compiled_prefill.append
+
+    def remembering(*arguments):
+        held[:] = append(*arguments)
+        return held
+
+    def attend(q, k, v, kv_index, *, scale, offset, splits):
+        calls.append((offset.item(), splits))
+        for first, rows in zip((k, v), held):
+            assert mx.array_equal(first, rows[:, :, :1])
+        return attention(q, *held, kv_index, scale=scale, offset=offset)
+
+    monkeypatch.setattr(mx, "compile", lambda function: function)
+    monkeypatch.setattr(compiled_prefill, "append", remembering)
+    monkeypatch.setattr(compiled_prefill, "prefill_splits", lambda *arguments: 1 + arguments[-1])
+    monkeypatch.setattr(hydrahead, "head_attention_prefill", attend)
+    found = read(model, tokens, make_prompt_cache(model), (T, T, T))
+    assert tiny.distance(found, expected) < 1e-4
+    both = sum({"full", "linear"} <= layer.self_attn.keys() for layer in model.layers)
+    assert calls == [(T, 1 + T)] * both + [(2 * T, 1 + 2 * T)] * both
 
 
 def test_a_second_prompt_goes_on_with_what_is_compiled(compiled):

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_hydra import kernels
 from mlx_hydra.ops import head_attention
+from mlx_hydra.ops.head_attention import head_attention_prefill, prefill_splits
 
 MODULE = sys.modules["mlx_hydra.ops.head_attention"]
 ON_GPU = kernels.gpu_backend() is not None
@@ -207,6 +208,37 @@ def test_position_and_scale_may_be_arrays(kernel_backend, T, offset, extra):
         case.run(kernel_backend, offset=position, scale=scale),
         case.run(kernel_backend, offset=mx.array([offset]), scale=case.scale),
     )
+
+
+@pytest.mark.parametrize("splits", [1, 2, 5])
+@pytest.mark.parametrize(
+    "case",
+    [Case(20, 45, 32), Case(40, 0, 32, mx.bfloat16, kv_index=(0, 0)), Case(9, 90, 80, B=1)],
+    ids=["ragged", "from the start", "odd"],
+)
+def test_no_shape_has_to_tell_the_number_of_keys(kernel_backend, case, splits):
+    # The simulator's arrays end where they say.
+    first = 1 if ON_GPU else None
+    k, v = case.k[:, :, :first], case.v[:, :, :first]
+    where = mx.array([case.offset])
+    found = head_attention_prefill(
+        case.q, k, v, case.kv_index, scale=case.scale, offset=where, splits=splits
+    )
+    expected, bound = case.expected()
+    assert np.abs(in_float64(found) - expected).max() < bound
+
+
+def test_keys_are_cut_into_few_different_numbers_of_parts(monkeypatch, kernel_backend):
+    monkeypatch.setattr(MODULE, "PREFILL_SPLIT", (4, 13))
+
+    def found(case, offset):
+        return prefill_splits(case.q, case.k, case.v, case.kv_index, offset)
+
+    # Of 20 rows a threadgroup has all: 13 splits at most, and else a power of two.
+    case = Case(20, 45, 32, kv_index=(0,), B=1)
+    assert [found(case, offset) for offset in (0, 8, 12, 27, 28, 31, 45)] == [4, 4, 8, 8, 8, 13, 13]
+    assert found(Case(1, 45, 32), 45) is None
+    assert found(Case(20, 45, 16), 45) is None
 
 
 @pytest.mark.parametrize("simdgroups", [1, 8])

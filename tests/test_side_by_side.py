@@ -168,6 +168,18 @@ def test_cublas_is_not_asked_for_a_row_with_a_bias(rows, products, monkeypatch):
     assert nodes_of(lambda x: together(x, layers), x) == products
 
 
+@pytest.mark.parametrize("rows", [1, 3])
+def test_parts_get_their_biases_apart(rows, monkeypatch):
+    monkeypatch.setattr(kernels, "gpu_backend", lambda: "cuda")
+    make, together, x = LAYERS["some with a bias"], SideBySide(), X[0, :rows]
+    layers = make()
+    expected = separately(make(), x)
+    found = mx.concatenate(together.apart(x, layers), axis=-1)
+    assert tiny.distance(found, expected) < 1e-4
+    sums = nodes_of(lambda x: together.apart(x, layers), x)
+    assert sums == ["Matmul", "Split", "Add", "Add"]
+
+
 @pytest.mark.parametrize("last", [64, 5])
 def test_parts_are_split_off_at_once(last):
     layers, together = [linear(32), linear(last)], SideBySide()

@@ -1,9 +1,11 @@
-"""Steps of a prefill, of which each layer is two compiled functions with attention between them.
+"""Steps of a prefill, of which each layer is two compiled functions, with the cache between them.
 
-The keys that attention reads are more in every step, for which MLX would trace a function anew; all
-else has the same shapes in every step of one length.
+Keys and values are more in every step, for which MLX would trace a function anew; all else has the
+same shapes in every step of one length. Our kernel for attention is told no number of keys by a
+shape, and runs in the second function; what else attends runs between the two.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Optional
 
@@ -11,7 +13,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
-from .cache import full_part, linear_part
+from ..ops.head_attention import prefill_splits
+from .cache import append, full_part, linear_part
 from .compiled_step import TRACES, Remembered
 from .positions import log_scales
 
@@ -76,11 +79,18 @@ class CompiledPrefill(Remembered):
                 empty[heads.n_heads] = states
             of_full, of_linear, states = before(h, where, scales, tuple(states))
             linear.cache = list(states)
+            splits = None
             if of_full:
                 attention, (q, k, v, *gate) = layer.self_attn.full, of_full
-                o = attention.attend(q, k, v, None, full_part(c), scale=attention.scale)
-                of_full = (o, *gate)
-            return after(h, of_full, of_linear)
+                k, v = append(full_part(c), k, v)
+                if isinstance(k, mx.array):
+                    splits = prefill_splits(q, k, v, attention.kv_index, offset)
+                if splits is None:
+                    o = attention.attend(q, k, v, None, full_part(c), scale=attention.scale)
+                    of_full = (o, *gate)
+                else:
+                    of_full = (q, k[:, :, :1], v[:, :, :1], *gate)
+            return after(splits)(h, where, of_full, of_linear)
 
         return run
 
@@ -108,7 +118,11 @@ def takes(layers: Sequence[nn.Module], cache: Sequence[Any]) -> bool:
 
 
 def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
-    """What a layer does before attention and after it, compiled; None without linear heads."""
+    """What a layer does before keys and values are put down, compiled, and after it.
+
+    The second is a function of the parts that attention splits keys into, None where it has been
+    done. None for a layer without linear heads.
+    """
     attention = layer.self_attn
     if "linear" not in attention:
         return None
@@ -128,10 +142,19 @@ def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
         o, gate = attention.linear(x, None, cache, where, of_linear)
         return tuple(of_full), (o,) if gate is None else (o, gate), tuple(cache.cache)
 
-    def after(h, of_full, of_linear):
-        kinds = [attention.full_outputs(*of_full)] if of_full else []
-        kinds.append(attention.linear_outputs(*of_linear))
-        h = h + attention.o_proj(attention.fused(kinds).astype(h.dtype))
-        return h + layer.mlp(layer.post_attention_layernorm(h))
+    @functools.cache
+    def after(splits):
+        def finish(h, where, of_full, of_linear):
+            kinds = []
+            if splits is not None:
+                q, k, v, *gate = of_full
+                of_full = (attention.full.attend_from(q, k, v, where, splits), *gate)
+            if of_full:
+                kinds.append(attention.full_outputs(*of_full))
+            kinds.append(attention.linear_outputs(*of_linear))
+            h = h + attention.o_proj(attention.fused(kinds).astype(h.dtype))
+            return h + layer.mlp(layer.post_attention_layernorm(h))
 
-    return mx.compile(before), mx.compile(after)
+        return mx.compile(finish)
+
+    return mx.compile(before), after

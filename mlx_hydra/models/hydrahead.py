@@ -19,6 +19,7 @@ from ..ops.backend import kernels_run
 from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
 from ..ops.gated_delta_step import MOST_TOKENS, Weights, gated_delta_step, step_backend
+from ..ops.head_attention import head_attention_prefill
 from .cache import (
     CONV,
     RECURRENT,
@@ -107,6 +108,8 @@ class FullAttention(nn.Module):
             else:
                 q = (q * self.log_scales(T, offset)).astype(q.dtype)
         where = offset if compiled and mask is None else None
+        if cache is not None:
+            k, v = append(cache, k, v)
         o = self.attend(q, k, v, mask, cache, scale=scale, offset=where)
         return o, gate[0] if gate else None
 
@@ -121,12 +124,10 @@ class FullAttention(nn.Module):
         return [q, k, v, *gate]
 
     def attend(self, q, k, v, mask, cache, *, scale, offset=None) -> mx.array:
-        """Put down keys and values, and attend to all; ``[B, T, H, D]``."""
+        """Attend to all keys and values of a cache; ``[B, T, H, D]``."""
         T, quantised = q.shape[2], {}
-        if cache is not None:
-            k, v = append(cache, k, v)
-            if hasattr(cache, "bits"):
-                quantised = {"group_size": cache.group_size, "bits": cache.bits}
+        if hasattr(cache, "bits"):
+            quantised = {"group_size": cache.group_size, "bits": cache.bits}
         keys = k[0] if quantised else k
         o = head_attention(
             q,
@@ -137,6 +138,13 @@ class FullAttention(nn.Module):
             offset=keys.shape[2] - T if offset is None else offset,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
+        )
+        return o.transpose(0, 2, 1, 3)
+
+    def attend_from(self, q, k, v, where, splits) -> mx.array:
+        """What :meth:`attend` gives, of the first key and value and an array of the offset."""
+        o = head_attention_prefill(
+            q, k, v, self.kv_index, scale=self.scale, offset=where, splits=splits
         )
         return o.transpose(0, 2, 1, 3)
 

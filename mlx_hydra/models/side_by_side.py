@@ -47,10 +47,16 @@ class SideBySide:
         """The layers' outputs, each by itself: slices, where a product has several."""
         outputs = []
         for layer, ends in self._products(layers):
-            output = layer(x)
+            # To be asked for a product with a bias takes cuBLAS longer than a kernel for the sum.
+            biases = layer.biases if type(layer) is _Product and on_cuda() else []
+            output = x @ layer.turned if biases else layer(x)
             # Behind the end of it all is nothing; MLX would make a slice of each part.
             inner = [end for end in ends if end != output.shape[-1]] if len(ends) > 1 else []
-            outputs += mx.split(output, inner, axis=-1)[: len(ends)] if inner else [output]
+            parts = mx.split(output, inner, axis=-1)[: len(ends)] if inner else [output]
+            for i, bias in enumerate(biases):
+                if bias is not None:
+                    parts[i] = parts[i] + bias
+            outputs += parts
         return outputs
 
     def _products(self, layers):
@@ -73,6 +79,10 @@ class SideBySide:
                     products.append((_join(group), _ends(group)))
             self._known = _parts(layers), products
         return products
+
+
+def on_cuda() -> bool:
+    return kernels.gpu_backend() == "cuda"
 
 
 def _parts(layers):
@@ -122,16 +132,17 @@ class _Product:
     Their weights lie turned: a view, which a compiled step would make anew for each token.
     """
 
-    def __init__(self, weight: mx.array, bias: Optional[mx.array]):
-        self.turned, self.bias = weight.T, bias
+    def __init__(
+        self, weight: mx.array, bias: Optional[mx.array], biases: Sequence[Optional[mx.array]]
+    ):
+        self.turned, self.bias, self.biases = weight.T, bias, biases
         mx.eval(self.turned)
 
     def __call__(self, x: mx.array) -> mx.array:
         if self.bias is None:
             return x @ self.turned
-        if x.size == x.shape[-1] and kernels.gpu_backend() == "cuda":
-            # To be asked for a product with a bias takes cuBLAS longer than MLX's own product of
-            # a row and a sum take together.
+        if x.size == x.shape[-1] and on_cuda():
+            # MLX has a product of a row of its own; and see SideBySide.apart.
             return x @ self.turned + self.bias
         return mx.addmm(self.bias, x, self.turned)
 
@@ -168,7 +179,8 @@ def _join(layers):
                 layer[name] = part
     mx.clear_cache()
     if is_plain:
-        return _Product(joined["weight"], joined.get("bias"))
+        own = [layer.get("bias") for layer in layers] if biases else []
+        return _Product(joined["weight"], joined.get("bias"), own)
     product = copy.copy(first)
     for name, array in joined.items():
         product[name] = array

@@ -50,7 +50,7 @@ KEYS = {"metal": (32, 128), "cuda": (32, 256)}
 # Keys are split among threadgroups: not below the first number of keys a threadgroup, nor above
 # the second number of threadgroups.
 DECODE_SPLIT = (256, 4096)
-PREFILL_SPLIT = (512, 512)
+PREFILL_SPLIT = (512, 264)
 
 # SIMD-groups of a threadgroup that brings splits together; they share a row below so many rows.
 MERGE_SIMDGROUPS, MERGE_ROWS = 8, 256
@@ -148,6 +148,60 @@ def takes_arrays(dtype: mx.Dtype, head_dim: int) -> bool:
     return dtype in DTYPES and head_dim in DECODE_HEAD_DIMS and kernels_run()
 
 
+def prefill_splits(
+    q: mx.array, k: mx.array, v: mx.array, kv_index: Sequence[int], offset: int
+) -> Optional[int]:
+    """Into how many parts :func:`head_attention_prefill` had best cut the keys of a call.
+
+    Few different numbers for a growing offset, as each is a function to compile.
+
+    Args:
+        q, k, v, kv_index, offset: as :func:`head_attention` takes them; no keys of another kind.
+
+    Returns:
+        None where :func:`head_attention` would take no kernel of ours for it, or the one for few
+        queries.
+    """
+    call = _Call(tuple(kv_index), 1.0, offset, None, None, None)
+    backend = resolve_backend("auto", _supported(q, k, v, call))
+    if backend == "ops":
+        return None
+    plan = _plan(q, call, backend)
+    if plan.kernel is not _PREFILL:
+        return None
+    sequences, total = len(q) * _heads_by_group(call.index)[0], offset + q.shape[2]
+    found, most = (plan.splits(sequences, keys) for keys in (total, 1 << 40))
+    return found if found == most else 1 << (found.bit_length() - 1)
+
+
+def head_attention_prefill(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    kv_index: Sequence[int],
+    *,
+    scale: float,
+    offset: mx.array,
+    splits: int,
+) -> mx.array:
+    """Attend as :func:`head_attention` does, in a function that is compiled for any number of keys.
+
+    No shape tells how many there are. It has no gradient.
+
+    Args:
+        q, kv_index, scale: as :func:`head_attention` takes them.
+        k, v: the first of the keys and values, ``[B, Hk, 1, D]``: views of arrays where the
+            others lie behind, a step of the third axis apart; kernels read on.
+        offset: int32 ``[1]``.
+        splits: what :func:`prefill_splits` gives.
+
+    Returns:
+        ``[B, Hf, T, D]`` in q's dtype.
+    """
+    call = _Call(tuple(kv_index), scale, offset, None, None, None)
+    return _run(q, k, v, call, kernels.gpu_backend(), splits)
+
+
 class _Call(NamedTuple):
     """What head_attention is asked for, beside its differentiable inputs."""
 
@@ -217,39 +271,55 @@ def _by_kernels(q, k, v, call, backend):
     return attend(q, k, v)
 
 
-def _run(q, k, v, call, backend):
-    B, Hf, T, D = q.shape
-    S = (k if call.bits is None else k[0]).shape[2]
-    n, heads, largest = _heads_by_group(call.index)
-    queries = largest * T
-    total = call.offset + T if isinstance(call.offset, int) and call.mask is None else S
-    size = q.dtype.size
+class _Plan(NamedTuple):
+    """Which kernel takes a call's queries, in what shape, and how keys are to be split."""
 
+    kernel: kernels.Kernel
+    template: list[tuple]
+    threads: int
+    blocks: int
+    split: tuple[int, int]
+
+    def splits(self, sequences: int, total: int) -> int:
+        """Parts of so many keys, for so many blocks of sequences and KV heads."""
+        fewest, most = self.split
+        return max(1, min(-(-total // fewest), most // (sequences * self.blocks)))
+
+
+def _plan(q, call, backend):
+    T, D = q.shape[2:]
+    queries = _heads_by_group(call.index)[2] * T
+    size = q.dtype.size
     if queries <= DECODE_QUERIES and D in DECODE_HEAD_DIMS:
-        kernel = _DECODE
         rows = next(r for r in (1, 2, DECODE_ROWS) if r >= min(queries, DECODE_ROWS))
         elements, at_once = DECODE_READS[call.bits]
         elements = elements if rows <= 2 else 8
         template = [("ROWS", rows), ("E", elements), ("AT_ONCE", at_once)]
-        threads, split = 128, DECODE_SPLIT
-    else:
-        kernel = _PREFILL
-        most = SIMDGROUPS[backend]
-        simdgroups = next(s for s in (1, 2, 4, 8) if 16 * s >= min(queries, 16 * most))
-        many = queries > 16 * most and size == 2 and D <= 128
-        row_tiles = ROW_TILES[backend] if many else 1
-        tile, up_to = KEYS[backend]
-        tile = tile if D * size <= up_to else 16
-        at_once = min(AT_ONCE[row_tiles], tile)
-        rows = 16 * simdgroups * row_tiles
-        buffers = BUFFERS[backend] if call.bits is None and D * size < 1024 else 1
-        template = [("SIMDGROUPS", simdgroups), ("KEYS", tile), ("BUFFERS", buffers)]
-        template += [("ROW_TILES", row_tiles), ("AT_ONCE", at_once)]
-        threads, split = 32 * simdgroups * (2 if D > 128 else 1), PREFILL_SPLIT
-    blocks = -(-queries // rows)
-    splits = max(1, min(-(-total // split[0]), split[1] // (B * n * blocks)))
-    keys = -(-total // splits)
-    splits = -(-total // keys)
+        return _Plan(_DECODE, template, 128, -(-queries // rows), DECODE_SPLIT)
+    most = SIMDGROUPS[backend]
+    simdgroups = next(s for s in (1, 2, 4, 8) if 16 * s >= min(queries, 16 * most))
+    # Packed keys take registers of their own.
+    many = queries > 16 * most and size == 2 and D <= 128 and call.bits is None
+    row_tiles = ROW_TILES[backend] if many else 1
+    tile, up_to = KEYS[backend]
+    tile = tile if D * size <= up_to else 16
+    buffers = BUFFERS[backend] if call.bits is None and D * size < 1024 else 1
+    template = [("SIMDGROUPS", simdgroups), ("KEYS", tile), ("BUFFERS", buffers)]
+    template += [("ROW_TILES", row_tiles), ("AT_ONCE", min(AT_ONCE[row_tiles], tile))]
+    blocks = -(-queries // (16 * simdgroups * row_tiles))
+    threads = 32 * simdgroups * (2 if D > 128 else 1)
+    return _Plan(_PREFILL, template, threads, blocks, PREFILL_SPLIT)
+
+
+def _run(q, k, v, call, backend, splits=None):
+    B, Hf, T, D = q.shape
+    S = (k if call.bits is None else k[0]).shape[2]
+    n, heads, _ = _heads_by_group(call.index)
+    plan = _plan(q, call, backend)
+    if splits is None:
+        total = call.offset + T if isinstance(call.offset, int) and call.mask is None else S
+        keys = -(-total // plan.splits(B * n, total))
+        splits = -(-total // keys)
 
     k, k_scales, k_biases = (k, q, q) if call.bits is None else k
     v, v_scales, v_biases = (v, q, q) if call.bits is None else v
@@ -257,20 +327,20 @@ def _run(q, k, v, call, backend):
     whole = splits == 1
     shape = (B, Hf, T, D) if whole else (B, Hf, T, splits, D)
     out = q.dtype if whole else mx.float32
-    template += [("T", q.dtype), ("Out", out), ("D", D)]
+    template = [*plan.template, ("T", q.dtype), ("Out", out), ("D", D)]
     template += [("BITS", call.bits or 0), ("GROUP", call.group_size or D)]
     template += [("MASKED", call.mask is not None), ("WHOLE", whole)]
-    o, stats = kernel(
+    o, stats = plan.kernel(
         backend,
         [
             *(q, k, k_scales, k_biases, v, v_scales, v_biases, mask),
-            kernels.constant((blocks, n, *heads), mx.int32),
+            kernels.constant((plan.blocks, n, *heads), mx.int32),
             _number(call.offset, mx.int32),
             _number(call.scale, mx.float32),
         ],
         template=template,
-        groups=(splits * blocks, n, B),
-        threads=(threads, 1, 1),
+        groups=(splits * plan.blocks, n, B),
+        threads=(plan.threads, 1, 1),
         output_shapes=[shape, (1,) if whole else (B, Hf, T, splits, 2)],
         output_dtypes=[out, mx.float32],
     )
