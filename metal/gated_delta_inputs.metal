@@ -23,21 +23,25 @@
 // Template: X the type of q_in, k_in, v_in, q, k, v and new_past; P, W those of past and of the
 // convolution's weights; H, D (32, 64, 128 or 256), TAPS; the flags above.
 // Grid: (ceil(T / 16), ceil(3 H / 8), B) threadgroups of 256 threads. A SIMD-group takes one head's
-// q, k or v through 16 tokens, and keeps what the convolution still sees; the angles of those tokens
-// are made once a threadgroup. Threadgroup memory: 64 D bytes.
+// q, k or v through 16 tokens, and keeps what the convolution still sees; a lane has channels of both
+// halves of a head, which RoPE turns against each other. The turns of those tokens are made once a
+// threadgroup. Threadgroup memory: 64 D bytes.
 
 constexpr int TOKENS = 16;
 constexpr int SIMD_GROUPS = 8;
 constexpr int N = D / 32;
+// A lane's runs of channels, each in its half of the head; one channel has its partner elsewhere.
+constexpr int RUNS = N > 1 ? 2 : 1;
+constexpr int M = N / RUNS;
 constexpr int PAST = TAPS > 0 ? TAPS - 1 : 0;
 constexpr int KEPT = PAST > 0 ? PAST : 1;
-constexpr int WEIGHTS = TAPS > 0 ? N * TAPS : N;
+constexpr int WEIGHTS = TAPS > 0 ? M * TAPS : M;
 constexpr int C = H * D;
-// Tokens whose channels a lane reads before it needs the first: 32 bytes.
+// Tokens that are read, and worked on, at once: 32 bytes a lane.
 constexpr int AHEAD = 32 / (N * sizeof(X));
 
-threadgroup float cosines[TOKENS * D / 2];
-threadgroup float sines[TOKENS * D / 2];
+// Of each token and pair of channels the cosine and the sine.
+threadgroup float4 turns[TOKENS * D / 4];
 
 const int T = q_in_shape[1];
 const int batch = threadgroup_position_in_grid.z;
@@ -51,7 +55,7 @@ const int own = first_item + simdgroup_index_in_threadgroup;
 const int item = metal::min(own, 3 * H - 1);
 const int which = item / H;
 const int head = item % H;
-const int channel = head * D + lane * N;
+const int channel = head * D + lane * M;
 const size_t token = size_t(batch) * T + first;
 
 const device X* now = q_in + batch * q_in_strides[0] + first * q_in_strides[1];
@@ -67,67 +71,56 @@ if (which == 1) {
   apart = v_in_strides[2];
 }
 now += channel * apart;
-const bool wide = apart == 1 && row * sizeof(X) % pieces<N, X>::BYTES == 0 && may_be_wide<N>(now);
-const device P* before = past;
-const bool wide_past = may_be_wide<N>(before);
-before += size_t(batch) * PAST * 3 * C + which * C + channel;
+const bool wide = apart == 1 && row * sizeof(X) % pieces<M, X>::BYTES == 0 && may_be_wide<M>(now);
+const long run = D / 2 * apart;
+const device P* before = past + size_t(batch) * PAST * 3 * C + which * C + channel;
 
-// All reads that need no angle are on their way before the angles are made.
+// All reads are on their way before the first is waited for.
 X ahead[AHEAD][N];
-#pragma unroll
-for (short u = 0; u < AHEAD; u++) {
-  if (u < tokens) {
-    read_channels<N>(now + u * row, apart, wide, ahead[u]);
-  }
-}
-
-float taps[WEIGHTS];
-float seen[KEPT][N];
+read_tokens<AHEAD, RUNS, M>(now, row, tokens, run, apart, wide, ahead);
+X earlier[KEPT][N];
+W own_taps[RUNS * WEIGHTS];
 if (TAPS > 0) {
-  const device W* weights = which == 0 ? q_conv : which == 1 ? k_conv : v_conv;
-  W own_taps[WEIGHTS];
-  read_channels<WEIGHTS>(weights + channel * TAPS, 1, may_be_wide<WEIGHTS>(weights), own_taps);
-  for (short i = 0; i < WEIGHTS; i++) {
-    taps[i] = float(own_taps[i]);
+  if (first > 0) {
+    read_tokens<KEPT, RUNS, M>(now - PAST * row, row, PAST, run, apart, wide, earlier);
   }
-  for (short j = 0; j < PAST; j++) {
-    const int at = first - PAST + j;
-    for (short i = 0; i < N; i++) {
-      seen[j][i] = 0;
-    }
-    if (at >= 0) {
-      if (!MASKED || mask[batch * T + at]) {
-        X entry[N];
-        read_channels<N>(now + (at - first) * row, apart, wide, entry);
-        for (short i = 0; i < N; i++) {
-          seen[j][i] = float(entry[i]);
-        }
-      }
-    } else if (!FRESH) {
-      // A first run is the first 16 tokens, and more than any convolution sees.
-      P entry[N];
-      read_channels<N>(before + (PAST + at) * 3 * C, 1, wide_past, entry);
-      for (short i = 0; i < N; i++) {
-        seen[j][i] = float(entry[i]);
-      }
-    }
+  const device W* weights = which == 0 ? q_conv : which == 1 ? k_conv : v_conv;
+  const bool wide_taps = may_be_wide<WEIGHTS>(weights);
+  for (short r = 0; r < RUNS; r++) {
+    read_channels<WEIGHTS>(
+        weights + (channel + r * (D / 2)) * TAPS, 1, wide_taps, own_taps + r * WEIGHTS);
   }
 }
-
+const int pair = thread_index % (D / 2);
+int position = 0;
+float frequency = 0;
+if (ROPE) {
+  position = offset[offset_shape[0] == 1 ? 0 : batch] + first;
+  frequency = float(frequencies[pair]);
+}
+const float eps = constants[0];
+const float rotated = ROPE ? float(constants[1]) : 1.0f;
 float norm[N];
 for (short i = 0; i < N; i++) {
-  norm[i] = which == 0 ? float(q_norm[lane * N + i]) : float(k_norm[lane * N + i]);
+  const int c = i / M * (D / 2) + lane * M + i % M;
+  norm[i] = which == 0 ? float(q_norm[c]) : float(k_norm[c]);
+}
+
+if (which == 2 && own < 3 * H && lane < tokens) {
+  const size_t place = (token + lane) * H + head;
+  const int t = first + lane;
+  const long of_a = batch * a_strides[0] + t * a_strides[1] + head * a_strides[2];
+  const long of_b = batch * b_strides[0] + t * b_strides[1] + head * b_strides[2];
+  g[place] = decay_of(float(a[of_a]), dt_bias[head], A_log[head]);
+  beta[place] = sigmoid(float(b[of_b]));
 }
 
 if (ROPE && first_item < 2 * H) {
-  const int position = offset[offset_shape[0] == 1 ? 0 : batch] + first;
-  for (int i = thread_index; i < TOKENS * D / 2; i += 32 * SIMD_GROUPS) {
-    // Sixteen lanes read their first channels side by side, then their second ones.
-    const int place = i % (D / 2);
-    const int pair = place % 16 * N + place / 16;
-    const float angle = rope_angle(position + i / (D / 2), float(frequencies[pair]));
-    cosines[i] = metal::precise::cos(angle);
-    sines[i] = metal::precise::sin(angle);
+  for (int t = thread_index / (D / 2); t < TOKENS; t += 64 * SIMD_GROUPS / D) {
+    const float angle = rope_angle(position + t, frequency);
+    threadgroup float* turn = (threadgroup float*)turns + t * D + 2 * pair;
+    turn[0] = metal::precise::cos(angle);
+    turn[1] = metal::precise::sin(angle);
   }
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -135,88 +128,127 @@ if (own >= 3 * H) {
   return;
 }
 
-device X* out = which == 0 ? q : which == 1 ? k : v;
-const bool wide_out = may_be_wide<N>((const device X*)out);
-out += token * C + channel;
-const float rotated = ROPE ? float(constants[1]) : 1.0f;
-const float size = which == 0 ? metal::precise::rsqrt(float(D)) : 1.0f;
-const float side = lane < 16 ? -1.0f : 1.0f;
-
-for (short start = 0; start < TOKENS; start += AHEAD) {
-  if (start >= tokens) {
-    break;
+float taps[RUNS * WEIGHTS];
+float seen[KEPT][N];
+if (TAPS > 0) {
+  for (short i = 0; i < RUNS * WEIGHTS; i++) {
+    taps[i] = float(own_taps[i]);
   }
-  if (start > 0) {
-#pragma unroll
-    for (short u = 0; u < AHEAD; u++) {
-      if (start + u < tokens) {
-        read_channels<N>(now + (start + u) * row, apart, wide, ahead[u]);
-      }
+  for (short j = 0; j < PAST; j++) {
+    for (short i = 0; i < N; i++) {
+      seen[j][i] = 0;
     }
-  }
-#pragma unroll
-  for (short u = 0; u < AHEAD; u++) {
-    const int t = start + u;
-    if (t < tokens) {
-      float x[N];
+    if (first > 0) {
+      if (!MASKED || mask[token - PAST + j]) {
+        for (short i = 0; i < N; i++) {
+          seen[j][i] = float(earlier[j][i]);
+        }
+      }
+    } else if (!FRESH) {
+      // A first run is the first 16 tokens, and more than any convolution sees.
       for (short i = 0; i < N; i++) {
-        x[i] = float(ahead[u][i]);
+        seen[j][i] = float(before[j * 3 * C + i / M * (D / 2) + i % M]);
       }
-      if (TAPS > 0) {
-        const bool counts = !MASKED || mask[token + t];
-        for (short i = 0; i < N; i++) {
-          const float entry = counts ? x[i] : 0.0f;
-          float sum = taps[i * TAPS + PAST] * entry;
-          for (short j = 0; j < PAST; j++) {
-            sum += taps[i * TAPS + j] * seen[j][i];
-          }
-          for (short j = 0; j + 1 < PAST; j++) {
-            seen[j][i] = seen[j + 1][i];
-          }
-          seen[KEPT - 1][i] = entry;
-          x[i] = fast_silu(sum);
-        }
-      }
-
-      if (which < 2) {
-        // A rotation keeps the sum of squares, so that both norms are taken before it.
-        float squares = 0;
-        float weighted = 0;
-        for (short i = 0; i < N; i++) {
-          squares += x[i] * x[i];
-          x[i] *= norm[i];
-          weighted += x[i] * x[i];
-        }
-        const float rms =
-            rotated * metal::precise::rsqrt(simd_sum(squares) / D + constants[0]);
-        const float factor = size * rms *
-            metal::precise::rsqrt(rms * rms * simd_sum(weighted) + L2_NORM_EPS);
-        for (short i = 0; i < N; i++) {
-          if (ROPE) {
-            const int place = t * (D / 2) + 16 * i + lane % 16;
-            const float other = simd_shuffle_xor(x[i], ushort(16));
-            x[i] = x[i] * cosines[place] + side * other * sines[place];
-          }
-          x[i] *= factor;
-        }
-      }
-
-      X rounded[N];
-      for (short i = 0; i < N; i++) {
-        rounded[i] = X(x[i]);
-      }
-      write_channels<N>(out + t * C, wide_out, rounded);
     }
   }
 }
 
-if (which == 2 && lane < tokens) {
-  const size_t place = (token + lane) * H + head;
-  const int t = first + lane;
-  const long of_a = batch * a_strides[0] + t * a_strides[1] + head * a_strides[2];
-  const long of_b = batch * b_strides[0] + t * b_strides[1] + head * b_strides[2];
-  g[place] = decay_of(float(a[of_a]), dt_bias[head], A_log[head]);
-  beta[place] = sigmoid(float(b[of_b]));
+device X* out = which == 0 ? q : which == 1 ? k : v;
+out += token * C + channel;
+const float size = which == 0 ? metal::precise::rsqrt(float(D)) : 1.0f;
+const float side = lane < 16 ? -1.0f : 1.0f;
+
+for (short start = 0; start < tokens; start += AHEAD) {
+  float x[AHEAD][N];
+#pragma unroll
+  for (short u = 0; u < AHEAD; u++) {
+    for (short i = 0; i < N; i++) {
+      x[u][i] = float(ahead[u][i]);
+    }
+  }
+  const int next = start + AHEAD;
+  if (next < tokens) {
+    read_tokens<AHEAD, RUNS, M>(now + next * row, row, tokens - next, run, apart, wide, ahead);
+  }
+
+  if (TAPS > 0) {
+#pragma unroll
+    for (short u = 0; u < AHEAD; u++) {
+      const bool counts = !MASKED || mask[token + metal::min(start + u, tokens - 1)];
+      for (short i = 0; i < N; i++) {
+        const float entry = counts ? x[u][i] : 0.0f;
+        float sum = taps[i * TAPS + PAST] * entry;
+        for (short j = 0; j < PAST; j++) {
+          sum += taps[i * TAPS + j] * seen[j][i];
+        }
+        for (short j = 0; j + 1 < PAST; j++) {
+          seen[j][i] = seen[j + 1][i];
+        }
+        seen[KEPT - 1][i] = entry;
+        x[u][i] = fast_silu(sum);
+      }
+    }
+  }
+
+  if (which < 2) {
+    // A rotation keeps the sum of squares, so that both norms are taken before it, of all these
+    // tokens at once: each has 32 / AHEAD lanes.
+    float squares[AHEAD];
+    float weighted[AHEAD];
+#pragma unroll
+    for (short u = 0; u < AHEAD; u++) {
+      squares[u] = 0;
+      weighted[u] = 0;
+      for (short i = 0; i < N; i++) {
+        squares[u] += x[u][i] * x[u][i];
+        x[u][i] *= norm[i];
+        weighted[u] += x[u][i] * x[u][i];
+      }
+    }
+    const float mean = sum_of_each<AHEAD>(squares, lane) / D;
+    const float rms = rotated * metal::precise::rsqrt(mean + eps);
+    const float of_weighted = sum_of_each<AHEAD>(weighted, lane);
+    const float factors =
+        size * rms * metal::precise::rsqrt(rms * rms * of_weighted + L2_NORM_EPS);
+#pragma unroll
+    for (short u = 0; u < AHEAD; u++) {
+      const float factor = simd_shuffle(factors, ushort(u * (32 / AHEAD)));
+      if (ROPE) {
+        const int place = (start + u) * D + 2 * (lane * M % (D / 2));
+        float turn[2 * M];
+        read_turns<2 * M>((const threadgroup float*)turns + place, turn);
+        for (short i = 0; i < M; i++) {
+          const float c = turn[2 * i];
+          const float s = turn[2 * i + 1];
+          if (RUNS == 1) {
+            x[u][i] = x[u][i] * c + side * simd_shuffle_xor(x[u][i], ushort(16)) * s;
+          } else {
+            const float low = x[u][i];
+            const float high = x[u][N - M + i];
+            x[u][i] = low * c - high * s;
+            x[u][N - M + i] = high * c + low * s;
+          }
+        }
+      }
+      for (short i = 0; i < N; i++) {
+        x[u][i] *= factor;
+      }
+    }
+  }
+
+#pragma unroll
+  for (short u = 0; u < AHEAD; u++) {
+    if (start + u < tokens) {
+      X rounded[N];
+      for (short i = 0; i < N; i++) {
+        rounded[i] = X(x[u][i]);
+      }
+      for (short r = 0; r < RUNS; r++) {
+        write_channels<M>(out + u * C + r * (D / 2), rounded + r * M);
+      }
+    }
+  }
+  out += AHEAD * C;
 }
 
 // What the convolution still sees after the last token.
@@ -227,14 +259,15 @@ if (PAST > 0 && first + TOKENS >= T) {
     const int at = end - PAST + j;
     for (short i = 0; i < N; i++) {
       X entry = X(0.0f);
+      const int c = i / M * (D / 2) + i % M;
       if (at < 0) {
         if (!FRESH) {
-          entry = X(float(before[(PAST + at) * 3 * C + i]));
+          entry = X(float(before[(PAST + at) * 3 * C + c]));
         }
       } else if (!MASKED || mask[batch * T + at]) {
-        entry = now[(at - first) * row + i * apart];
+        entry = now[(at - first) * row + c * apart];
       }
-      kept[j * 3 * C + i] = entry;
+      kept[j * 3 * C + c] = entry;
     }
   }
 }
