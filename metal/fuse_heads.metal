@@ -18,8 +18,9 @@ const short lane = thread_index_in_simdgroup;
 if (row < uint(o_shape[0] * T * (H + H_2))) {
   const int head = row % (H + H_2);
   const size_t token = row / (H + H_2);
-  const size_t b = token / T;
-  const size_t t = token % T;
+  // Of 32 bits: a division of 64 is a hundred instructions.
+  const size_t b = uint(token) / uint(T);
+  const size_t t = uint(token) % uint(T);
   device X* place = out + size_t(row) * D;
   if (head < H) {
     fuse_head<D, NORM, KIND>(

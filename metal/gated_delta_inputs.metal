@@ -23,9 +23,9 @@
 // Template: X the type of q_in, k_in, v_in, q, k, v and new_past; P, W those of past and of the
 // convolution's weights; H, D (32, 64, 128 or 256), TAPS; the flags above.
 // Grid: (ceil(T / 16), ceil(3 H / 8), B) threadgroups of 256 threads. A SIMD-group takes one head's
-// q, k or v through 16 tokens, and keeps what the convolution still sees; a lane has channels of both
-// halves of a head, which RoPE turns against each other. The turns of those tokens are made once a
-// threadgroup. Threadgroup memory: 64 D bytes.
+// q, k or v through 16 tokens, and keeps what the convolution still sees; a lane has channels of
+// both halves of a head, which RoPE turns against each other. The turns of those tokens are made
+// once a threadgroup. Threadgroup memory: 64 D bytes.
 
 constexpr int TOKENS = 16;
 constexpr int SIMD_GROUPS = 8;

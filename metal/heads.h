@@ -41,35 +41,3 @@ METAL_FUNC float log1p_of(float e) {
 METAL_FUNC float softplus(float x) {
   return metal::max(x, 0.0f) + log1p_of(metal::precise::exp(-metal::abs(x)));
 }
-
-// gamma * gate * RMSNorm(o) of one head's D channels, by a SIMD-group; o and the gate may have
-// steps between channels, out has none.
-template <int D, bool NORM, int KIND, typename X, typename G>
-METAL_FUNC void fuse_head(
-    const device X* o,
-    size_t o_step,
-    const device G* gate,
-    size_t gate_step,
-    float gamma,
-    float eps,
-    device X* out,
-    short lane) {
-  constexpr int COUNT = (D + 31) / 32;
-  float x[COUNT];
-  float squares = 0;
-  for (short i = 0; i < COUNT; i++) {
-    const int c = lane + 32 * i;
-    x[i] = c < D ? float(o[c * o_step]) : 0.0f;
-    squares += x[i] * x[i];
-  }
-  if (NORM) {
-    gamma *= metal::precise::rsqrt(simd_sum(squares) / D + eps);
-  }
-  for (short i = 0; i < COUNT; i++) {
-    const int c = lane + 32 * i;
-    if (c < D) {
-      const float factor = KIND == NO_GATE ? 1.0f : activated<KIND>(float(gate[c * gate_step]));
-      out[c] = X(gamma * x[i] * factor);
-    }
-  }
-}

@@ -20,7 +20,10 @@ MOST_HEAD_DIM = 512
 HEADS_PER_GROUP = 8
 
 FORWARD = kernels.Kernel(
-    "fuse_heads", ("o", "gate", "o_2", "gate_2", "gamma", "eps"), ("out",), ("heads.h",)
+    "fuse_heads",
+    ("o", "gate", "o_2", "gate_2", "gamma", "eps"),
+    ("out",),
+    ("heads.h", "keys_values.h", "channels.h", "fuse_heads.h"),
 )
 VJP = kernels.Kernel(
     "fuse_heads_vjp",
