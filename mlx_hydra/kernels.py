@@ -2,7 +2,9 @@
 
 import functools
 import hashlib
+import os
 import re
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +14,8 @@ import mlx.core as mx
 
 # `threadgroup float name[64];` and no pointer or argument.
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
-_NOT_CODE = re.compile(r"^\s+|[ \t]*//.*$", re.MULTILINE)
 _ADDRESS_SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\s+")
+_NOT_CODE = re.compile(r"^\s+|[ \t]*//.*$", re.MULTILINE)
 
 
 def gpu_backend() -> Optional[str]:
@@ -81,19 +83,16 @@ def constant(values: tuple, dtype: mx.Dtype) -> mx.array:
 
 @functools.cache
 def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callable:
-    body = read_text(f"{kernel.name}.metal")
-    header = "\n".join(read_text(name) for name in kernel.headers)
+    body, name = read_text(f"{kernel.name}.metal"), kernel.name
     if backend == "metal":
-        make, name = mx.fast.metal_kernel, kernel.name
+        make = mx.fast.metal_kernel
+        header = "\n".join(map(read_text, kernel.headers))
     else:
         make = mx.fast.cuda_kernel
-        # Those of tiles for kernels that have tiles: MLX copies all text at every call.
-        compat = ["compat/cuda.h"] + ["compat/tile.h"] * ("tile.h" in kernel.headers)
-        header = as_cuda("\n".join(map(read_text, compat)) + header)
-        body = as_cuda(body)
+        header, body = cuda_header(kernel), as_cuda(body)
         # MLX before 0.32.4 keeps compiled CUDA kernels, on disk too, by name and template alone.
         text = f"{header}{body}{dtypes}"
-        name = f"{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+        name += f"_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return make(
         name=f"mlx_hydra_{name}",
         input_names=list(kernel.inputs),
@@ -107,10 +106,32 @@ def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callab
 cache_clear = _build.cache_clear
 
 
+def cuda_header(kernel: Kernel) -> str:
+    """What stands before a kernel as CUDA: a line that names a file in the user's cache folder.
+
+    MLX copies and hashes all text at every call. Where nothing can be written it is the text.
+    """
+    compat = ["compat/cuda.h"] + ["compat/tile.h"] * ("tile.h" in kernel.headers)
+    text = as_cuda("\n".join(map(read_text, (*compat, *kernel.headers))))
+    name = f"{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    try:
+        file = cache.expanduser() / "mlx_hydra" / name
+        if not file.is_file() or file.read_text() != text:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Whole or not at all, whoever else writes it.
+            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
+                part.write(text)
+            os.replace(part.name, file)
+    except (OSError, RuntimeError):
+        return text
+    return f'#include "{file.absolute().as_posix()}"\n'
+
+
 def as_cuda(text: str) -> str:
     """A kernel's text with Metal's address spaces said in CUDA's words; see compat/cuda.h.
 
-    Without comments and indentation: MLX copies the text at every call, and hashes it.
+    Without comments and indentation, as of all text there is to be little.
     """
     text = _NOT_CODE.sub("", text)
     return _ADDRESS_SPACE.sub("", _THREADGROUP_ARRAY.sub("__shared__", text))

@@ -1,5 +1,6 @@
 import re
 import sys
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -117,6 +118,33 @@ def test_address_spaces_are_said_in_cudas_words():
     assert "//" not in cuda
 
 
+def test_headers_are_named_to_cuda_and_lie_in_the_cache(tmp_path, monkeypatch):
+    kernel = kernels.Kernel("fuse_heads", (), (), ("heads.h", "tile.h"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
+    line = kernels.cuda_header(kernel)
+    [file] = (tmp_path / "of the user" / "mlx_hydra").iterdir()
+    assert line == f'#include "{file}"\n'
+    text = file.read_text()
+    for name in ("compat/cuda.h", "compat/tile.h", "heads.h", "tile.h"):
+        assert kernels.as_cuda(kernels.read_text(name)).strip() in text
+    # What is there is taken, and what has been cut short by nobody is whole.
+    written = file.stat().st_mtime_ns
+    assert kernels.cuda_header(kernel) == line
+    assert file.stat().st_mtime_ns == written
+    assert kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",))) != line
+
+
+def test_where_nothing_can_be_written_cuda_gets_the_text(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    text = kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",)))
+    assert kernels.as_cuda(kernels.read_text("heads.h")).strip() in text
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+    assert kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",))) == text
+
+
 def test_numbers_are_one_array_for_all_calls():
     numbers = kernels.constant((5, 7), mx.int32)
     assert kernels.constant((5, 7), mx.int32) is numbers
@@ -145,7 +173,7 @@ def test_member_functions_say_where_their_object_lies():
 
 
 @pytest.fixture
-def cuda_names(monkeypatch):
+def cuda_names(monkeypatch, tmp_path):
     """What MLX names the CUDA kernels that are called; none runs, and outputs are zeros."""
     names = []
 
@@ -157,6 +185,7 @@ def cuda_names(monkeypatch):
 
         return call
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(mx.fast, "cuda_kernel", cuda_kernel)
     kernels.cache_clear()
     yield names
@@ -183,7 +212,8 @@ def test_the_name_of_a_cuda_kernel_is_one_word(cuda_names, full_gate):
     assert re.fullmatch(r"\w+", cuda_names[0])
 
 
-def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch):
+def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     texts = {}
     monkeypatch.setattr(mx.fast, "cuda_kernel", lambda name, **text: texts.update({name: text}))
     kernels.cache_clear()
@@ -199,7 +229,8 @@ def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch):
     kernels.cache_clear()
     assert len(texts) == len(list(kernels.folder().glob("*.metal")))
     for text in texts.values():
-        assert ("mma_16(" in text["header"]) == ("tile<" in text["source"])
+        [file] = re.findall('#include "(.*)"', text["header"])
+        assert ("mma_16(" in Path(file).read_text()) == ("tile<" in text["source"])
 
 
 def test_cuda_kernels_for_other_types_have_other_names(cuda_names):
