@@ -83,8 +83,11 @@ def test_prefill_and_decode_are_those_of_ops(changes, steps, kernel_backend, mon
 
 
 @pytest.mark.skipif(kernels.gpu_backend() is None, reason="MLX compiles kernels on a GPU alone")
-@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "changes, dtype",
+    [*((changes, mx.float32) for changes in CASES.values()), ({}, mx.bfloat16)],
+    ids=[*CASES, "bfloat16"],
+)
 def test_compiled_steps_of_a_prefill_are_those_of_ops(changes, dtype, kernel_backend, monkeypatch):
     model = cast(tiny.model(**SIZES, **changes).eval(), dtype)
     sizes = (256, 256, 256, 200, 256, 3, 1)
@@ -94,9 +97,11 @@ def test_compiled_steps_of_a_prefill_are_those_of_ops(changes, dtype, kernel_bac
     for _ in range(2):
         found, own = rounds(model, inputs, model.make_cache(), sizes)
         for x, y in zip((found, *own), (expected, *states)):
-            assert tiny.distance(x, y) < (1e-4 if dtype == mx.float32 else 0.1)
-    linear = any(len(heads) < 4 for heads in model.args.full_attention_heads)
-    assert linear == bool(model.model._compiled_prefill._traced)
+            scale = max(1, mx.abs(y).max().item())
+            assert tiny.distance(x, y) < scale * (1e-4 if dtype == mx.float32 else 0.05)
+    traced = model.model._compiled_prefill._traced.values()
+    linear = any("linear" in layer.self_attn for layer in model.layers)
+    assert linear == any(layer is not None for layers in traced for layer in layers)
 
 
 def test_a_prompt_of_a_few_tokens_starts_from_nothing(steps, kernel_backend, monkeypatch):
