@@ -130,7 +130,7 @@ def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
     def before(h, where, scales, states):
         of_full = attention.full.projections if "full" in attention else []
         x = layer.input_layernorm(h)
-        projected = attention.side_by_side.apart(x, of_full + attention.linear.projections)
+        projected = attention.side_by_side.apart(x, attention.projections)
         of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
         if of_full:
             q, *others = attention.full.heads(of_full, h.shape[1], where.reshape(()))

@@ -314,6 +314,12 @@ class Attention(nn.Module):
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         return self.o_proj(self.fused_heads(x, full_mask, linear_mask, cache, offset))
 
+    @property
+    def projections(self) -> list[nn.Module]:
+        """Those of the full heads, then those of the linear ones."""
+        kinds = [self[kind] for kind in ("full", "linear") if kind in self]
+        return [projection for heads in kinds for projection in heads.projections]
+
     def step_backend(self, x, cache) -> str:
         """What runs the fused step on the next tokens; ``"ops"`` where each part runs by itself."""
         if tokens_of(x) > MOST_TOKENS or "linear" not in self:
@@ -331,8 +337,8 @@ class Attention(nn.Module):
             return self.fused_heads(x[:, None], full_mask, linear_mask, cache, offset)[:, 0]
         kinds, of_full, of_linear = [], None, None
         if "linear" in self and cache is not None and not self.training and runs_on_gpu():
+            projected = self.side_by_side.apart(x, self.projections)
             of_full = self.full.projections if "full" in self else []
-            projected = self.side_by_side.apart(x, of_full + self.linear.projections)
             of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
         if "full" in self:
             o, gate = self.full(x, full_mask, full_part(cache), offset, of_full)
@@ -359,8 +365,7 @@ class Attention(nn.Module):
     def _step(self, x, full_mask, linear_mask, cache, offset, backend):
         """A few tokens: one product for all projections, and one kernel for what follows."""
         of_full_heads = {}
-        projections = self.full.projections if "full" in self else []
-        rows = self.side_by_side(x, projections + self.linear.projections)
+        rows = self.side_by_side(x, self.projections)
         projected = rows.reshape(len(x), tokens_of(x), -1)
         if "full" in self:
             *parts, _ = mx.split(projected, self.full.ends, axis=-1)
@@ -402,6 +407,12 @@ class TransformerBlock(nn.Module):
         gate, up = self._side_by_side.apart(x, [mlp.gate_proj, mlp.up_proj])
         return h + mlp.down_proj(swiglu(gate, up))
 
+    def join(self) -> None:
+        """Have the products that stand for several layers, as a first token would."""
+        self._side_by_side.join([self.mlp.gate_proj, self.mlp.up_proj])
+        if "linear" in self.self_attn:
+            self.self_attn.side_by_side.join(self.self_attn.projections)
+
     def forget(self) -> None:
         """Let go of products that stand for several layers."""
         self._side_by_side.forget()
@@ -431,10 +442,7 @@ class HydraHeadModel(nn.Module):
         if remembers and compiles:
             return self.norm(self._compiled_step(self.layers, h, cache))
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
-        if compiles:
-            # This step joins weights, which would be held as they were.
-            self._compiled_prefill.forget()
-        elif prefills or self.training:
+        if compiles or prefills or self.training:
             self._compiled_prefill.check(self.layers)
         if self.training or not (remembers or self._compiled_step.is_empty):
             # The weights are others, or will be soon: these would be held beside them.
@@ -463,6 +471,10 @@ class HydraHeadModel(nn.Module):
         if compiles:
             self._compiled_step.remember(self.layers)
         if prefills and run is None:
+            if of_ours and runs_on_gpu():
+                # Weights, which a token would join, and which would be held as they were.
+                for layer in self.layers:
+                    layer.join()
             self._compiled_prefill.remember(self.layers, h)
         return self.norm(depends_on_counters(h, cache))
 

@@ -59,6 +59,10 @@ class SideBySide:
             outputs += parts
         return outputs
 
+    def join(self, layers: Sequence[nn.Module]) -> None:
+        """Join layers now, before what is compiled holds their weights as they are."""
+        self._products(layers)
+
     def _products(self, layers):
         """Pairs of a layer and where in its output those that it stands for end."""
         known, products = self._known
