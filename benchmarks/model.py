@@ -125,6 +125,7 @@ def main() -> None:
             for name, found in times.items():
                 got = functools.reduce(fastest, found)
                 got["first_prefill_seconds"] = found[0]["prefill_seconds"]
+                got["all_prefill_tps"] = [once["prefill_tps"] for once in found]
                 got["all_decode_tps"] = [once["decode_tps"] for once in found]
                 # The other models stay in memory meanwhile, and are no part of this one's peak.
                 own = sum(w.nbytes for _, w in tree_flatten(models[name].parameters()))
