@@ -116,16 +116,27 @@ def cuda_header(kernel: Kernel) -> str:
     name = f"{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
-        file = cache.expanduser() / "mlx_hydra" / name
-        if not file.is_file() or file.read_text() != text:
+        file = cache.expanduser().absolute() / "mlx_hydra" / name
+        if not file.is_file() or file.read_bytes() != text.encode():
             file.parent.mkdir(parents=True, exist_ok=True)
-            # Whole or not at all, whoever else writes it.
-            with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False) as part:
-                part.write(text)
-            os.replace(part.name, file)
-    except (OSError, RuntimeError):
+            _put_down(file, text)
+        file.as_posix().encode()
+    except (OSError, RuntimeError, UnicodeEncodeError):
         return text
-    return f'#include "{file.absolute().as_posix()}"\n'
+    # What a line of C cannot say.
+    return text if {*'"\n'} & {*file.as_posix()} else f'#include "{file.as_posix()}"\n'
+
+
+def _put_down(file: Path, text: str) -> None:
+    """Write a file, whole or not at all, whoever else writes it."""
+    part, path = tempfile.mkstemp(dir=file.parent)
+    try:
+        with open(part, "wb") as stream:
+            stream.write(text.encode())
+        os.replace(path, file)
+    except OSError:
+        os.unlink(path)
+        raise
 
 
 def as_cuda(text: str) -> str:

@@ -231,3 +231,38 @@ def test_what_is_read_between_prompts_changes_nothing(compiled):
         model(tokens[:, :5])
         assert model.model._compiled_prefill._traced == traced
     assert len(traced) == 1
+
+
+@pytest.mark.parametrize("call", ["no cache", "few tokens", "a prefill"])
+def test_old_weights_are_let_go_by_any_call(compiled, call):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(4 * T)
+    read(model, tokens, make_prompt_cache(model), (T,) * 4)
+    # What has been joined, too.
+    products = [layer._side_by_side._known[1][0][0] for layer in model.layers]
+    held = [weakref.ref(w) for _, w in tree_flatten(model.parameters())]
+    held += [weakref.ref(product.turned) for product in products]
+    del products
+    model.update(tree_map(lambda w: 0.9 * w, model.parameters()))
+    mx.eval(model.parameters())
+    size = {"no cache": T, "few tokens": 3, "a prefill": T}[call]
+    cache = None if call == "no cache" else make_prompt_cache(model)
+    mx.eval(model(tokens[:, :size], cache=cache))
+    gc.collect()
+    assert not any(ref() for ref in held)
+
+
+def test_embeddings_have_gradients_every_time(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(T)
+    embeddings = model.model.embed_tokens(tokens)
+
+    def total(embeddings, cache):
+        return model(tokens, cache=cache, input_embeddings=embeddings).sum()
+
+    expected = mx.grad(total)(embeddings, None)
+    for _ in range(3):
+        found = mx.grad(total)(embeddings, make_prompt_cache(model))
+        assert tiny.distance(found, expected) < 1e-3
+    assert not compiled
+    # Where nobody asks for a gradient, steps with embeddings are compiled as others.
+    model(tokens, cache=make_prompt_cache(model), input_embeddings=embeddings)
+    assert compiled

@@ -134,6 +134,35 @@ def test_headers_are_named_to_cuda_and_lie_in_the_cache(tmp_path, monkeypatch):
     assert kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",))) != line
 
 
+def test_a_header_that_is_not_whole_is_written_anew(tmp_path, monkeypatch):
+    kernel = kernels.Kernel("fuse_heads", (), (), ("heads.h",))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    line = kernels.cuda_header(kernel)
+    [file] = (tmp_path / "mlx_hydra").iterdir()
+    text = file.read_text()
+    for broken in (b"\xff\xfe", text[:100].encode()):
+        file.write_bytes(broken)
+        assert kernels.cuda_header(kernel) == line
+        assert file.read_text() == text
+    # A full disk leaves neither the file nor a part of it.
+    file.unlink()
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    assert kernels.cuda_header(kernel) == text
+    assert not list((tmp_path / "mlx_hydra").iterdir())
+
+
+@pytest.mark.parametrize("name", ['a "quoted" one', "of two\nlines", "\udcff"])
+def test_a_folder_that_no_line_of_c_can_name_is_not_named(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
+    text = kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",)))
+    assert "#include" not in text.replace("#include <", "")
+    text.encode()
+
+
 def test_where_nothing_can_be_written_cuda_gets_the_text(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))

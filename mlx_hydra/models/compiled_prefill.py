@@ -32,11 +32,6 @@ class CompiledPrefill(Remembered):
     def __reduce__(self):
         return CompiledPrefill, ()
 
-    def check(self, layers: Sequence[nn.Module]) -> None:
-        """Let go of layers that are no longer these; else their weights are held beside them."""
-        if not (self.is_empty or self.remembers(layers)):
-            self.forget()
-
     def remember(self, layers: Sequence[nn.Module], h: Optional[mx.array] = None) -> None:
         """Take what an ordinary step has run for what is compiled in the next of its length."""
         if not self.remembers(layers):

@@ -442,9 +442,10 @@ class HydraHeadModel(nn.Module):
         if remembers and compiles:
             return self.norm(self._compiled_step(self.layers, h, cache))
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
-        if compiles or prefills or self.training:
-            self._compiled_prefill.check(self.layers)
-        if self.training or not (remembers or self._compiled_step.is_empty):
+        knows_others = not (remembers or self._compiled_step.is_empty) or not (
+            self._compiled_prefill.is_empty or self._compiled_prefill.remembers(self.layers)
+        )
+        if self.training or knows_others:
             # The weights are others, or will be soon: these would be held beside them.
             self._compiled_step.forget()
             self._compiled_prefill.forget()
@@ -462,7 +463,9 @@ class HydraHeadModel(nn.Module):
         run = None
         of_ours = all(type(layer) is TransformerBlock for layer in self.layers)
         if prefills and of_ours and linear_mask is None and not isinstance(full_mask, mx.array):
-            run = self._compiled_prefill.runner(self.layers, h, cache, offset)
+            # Weights that gradients are asked of are others; embeddings may be asked, too.
+            if input_embeddings is None or begin(h):
+                run = self._compiled_prefill.runner(self.layers, h, cache, offset)
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
             # Not the last: of most steps of a prefill its output is not asked for.
@@ -470,8 +473,8 @@ class HydraHeadModel(nn.Module):
                 begin(h)
         if compiles:
             self._compiled_step.remember(self.layers)
-        if prefills and run is None:
-            if of_ours and runs_on_gpu():
+        if prefills and of_ours and run is None:
+            if runs_on_gpu():
                 # Weights, which a token would join, and which would be held as they were.
                 for layer in self.layers:
                     layer.join()
@@ -479,14 +482,18 @@ class HydraHeadModel(nn.Module):
         return self.norm(depends_on_counters(h, cache))
 
 
-def begin(h: mx.array) -> None:
-    """Have the GPU work on a layer while Python builds the next ones."""
+def begin(h: mx.array) -> bool:
+    """Have the GPU work on a layer while Python builds the next ones.
+
+    False inside mx.compile or mx.grad, where there is nothing to run yet.
+    """
     try:
         mx.async_eval(h)
     except ValueError as error:
-        # Inside mx.compile or mx.grad there is nothing to run yet.
         if not is_inside_transformation(error):
             raise
+        return False
+    return True
 
 
 class Model(nn.Module):
