@@ -462,10 +462,10 @@ class HydraHeadModel(nn.Module):
 
         run = None
         of_ours = all(type(layer) is TransformerBlock for layer in self.layers)
-        if prefills and of_ours and linear_mask is None and not isinstance(full_mask, mx.array):
-            # Weights that gradients are asked of are others; embeddings may be asked, too.
-            if input_embeddings is None or begin(h):
-                run = self._compiled_prefill.runner(self.layers, h, cache, offset)
+        plain = linear_mask is None and not isinstance(full_mask, mx.array)
+        # Weights that gradients are asked of are others; embeddings may be asked, too.
+        if prefills and of_ours and plain and (input_embeddings is None or begin(h)):
+            run = self._compiled_prefill.runner(self.layers, h, cache, offset)
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
             # Not the last: of most steps of a prefill its output is not asked for.
