@@ -169,8 +169,11 @@ def test_where_nothing_can_be_written_cuda_gets_the_text(tmp_path, monkeypatch):
     text = kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",)))
     assert kernels.as_cuda(kernels.read_text("heads.h")).strip() in text
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.delenv("HOME")
-    monkeypatch.setattr("os.path.expanduser", lambda path: path)
+
+    def homeless(_):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
     assert kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",))) == text
 
 
