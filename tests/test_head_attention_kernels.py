@@ -189,12 +189,15 @@ def test_a_tile_may_be_on_its_way_while_one_is_worked_on(
         Case(T, offset, 32).check(kernel_backend)
 
 
-@pytest.mark.parametrize("dtype, bits, masked", [(mx.float16, None, False), (mx.bfloat16, 8, True)])
+@pytest.mark.parametrize(
+    "dtype, bits, masked",
+    [(mx.float16, None, False), (mx.bfloat16, None, True), (mx.bfloat16, 8, True)],
+)
 @pytest.mark.parametrize("T, offset", [(9, 3), (21, 50), (40, 100)])
 def test_a_simdgroup_may_have_two_tiles_of_rows(
     monkeypatch, kernel_backend, T, offset, dtype, bits, masked
 ):
-    monkeypatch.setattr(MODULE, "SIMDGROUPS", {kernel_backend: 1})
+    monkeypatch.setattr(MODULE, "SIMDGROUPS", 1)
     monkeypatch.setattr(MODULE, "ROW_TILES", {kernel_backend: 2})
     for split in (64, 1000):
         monkeypatch.setattr(MODULE, "PREFILL_SPLIT", (split, 4096))

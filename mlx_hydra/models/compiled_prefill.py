@@ -32,7 +32,7 @@ class CompiledPrefill(Remembered):
     def __reduce__(self):
         return CompiledPrefill, ()
 
-    def remember(self, layers: Sequence[nn.Module], h: Optional[mx.array] = None) -> None:
+    def remember(self, layers: Sequence[nn.Module], h: mx.array) -> None:
         """Take what an ordinary step has run for what is compiled in the next of its length."""
         if not self.remembers(layers):
             super().remember(layers)

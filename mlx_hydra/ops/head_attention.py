@@ -40,7 +40,7 @@ BUFFERS = {"metal": 1, "cuda": 2}
 # For the kernel for many queries: SIMD-groups of a threadgroup; tiles of 16 rows that each has
 # where elements have 16 bits and heads up to 128, which takes the registers there are with CUDA;
 # and by these tiles, keys whose scores it holds.
-SIMDGROUPS = {"metal": 4, "cuda": 4}
+SIMDGROUPS = 4
 ROW_TILES = {"metal": 1, "cuda": 2}
 AT_ONCE = {1: 32, 2: 16}
 
@@ -296,10 +296,9 @@ def _plan(q, call, backend):
         elements = elements if rows <= 2 else 8
         template = [("ROWS", rows), ("E", elements), ("AT_ONCE", at_once)]
         return _Plan(_DECODE, template, 128, -(-queries // rows), DECODE_SPLIT)
-    most = SIMDGROUPS[backend]
-    simdgroups = next(s for s in (1, 2, 4, 8) if 16 * s >= min(queries, 16 * most))
+    simdgroups = next(s for s in (1, 2, 4) if 16 * s >= min(queries, 16 * SIMDGROUPS))
     # Packed keys take registers of their own.
-    many = queries > 16 * most and size == 2 and D <= 128 and call.bits is None
+    many = queries > 16 * SIMDGROUPS and size == 2 and D <= 128 and call.bits is None
     row_tiles = ROW_TILES[backend] if many else 1
     tile, up_to = KEYS[backend]
     tile = tile if D * size <= up_to else 16
