@@ -14,7 +14,8 @@ results=benchmarks/results
 "$python" -m pytest -vv -n "${WORKERS:-4}" --dist worksteal tests/test_kernels.py \
   tests/test_gated_delta_kernels.py tests/test_gated_delta_inputs.py \
   tests/test_gated_delta_vjp_kernel.py tests/test_gated_delta_step.py \
-  tests/test_head_attention_kernels.py tests/test_fuse_heads_kernels.py \
+  tests/test_head_attention_inputs.py tests/test_head_attention_kernels.py \
+  tests/test_fuse_heads_kernels.py \
   tests/test_model_kernels.py --durations=20 2>&1 | tee "$results/kernel-tests-$name.txt"
 "$python" benchmarks/kernels.py --out "$results/kernels-$name.json"
 "$python" benchmarks/model.py --out "$results/model-$name.json"

@@ -17,7 +17,7 @@
 // before each segment, and without `ends` every segment runs from its own.
 //
 // q, k         [B, T, H, Dk] of type T, contiguous
-// v, y         [B, T, H, Dv] of type T, v with any strides
+// v, y         [B, T, H, Dv] of type T, contiguous
 // mask         [B, T] bool, contiguous, where `masked`; else any array
 // state        [B, H, segments, Dv, Dk] float, contiguous; unread with `ends`
 // prepared     [B, H, N, PREPARED] float
@@ -77,14 +77,12 @@ for (short d = 0; d < Dk / 16; d++) {
 
 // These move on with the chunks: the next one's inputs, and this one's outputs.
 size_t token = size_t(batch) * length + begin * TOKENS;
-const int stride = heads * Dk, y_stride = heads * Dv;
-const long v_stride = v_strides[1], v_step = v_strides[3];
+const int stride = heads * Dk, v_stride = heads * Dv;
 const device T* next[2] = {k + token * stride + head * Dk, q + token * stride + head * Dk};
-const device T* next_v =
-    v + batch * v_strides[0] + begin * TOKENS * v_stride + head * v_strides[2] + row * v_step;
+const device T* next_v = v + token * v_stride + head * Dv + row;
 const device float* next_prepared = prepared + (sequence * chunks + begin) * PREPARED;
 const device float* now_prepared = next_prepared;
-device T* now_y = y + token * y_stride + head * Dv + row;
+device T* now_y = y + token * v_stride + head * Dv + row;
 const bool whole = in_pieces(q) && in_pieces(k);
 
 uint4 ahead[MATRICES][PIECES_EACH];
@@ -148,7 +146,7 @@ for (int chunk = begin - 1; chunk < end; chunk++) {
       }
       v_ahead.e[i] = T(0.0f);
       if (kept) {
-        v_ahead.e[i] = next_v[t * v_stride + tile_row(lane, i) * v_step];
+        v_ahead.e[i] = next_v[t * v_stride + tile_row(lane, i)];
       }
     }
     next_v += TOKENS * v_stride;
@@ -232,10 +230,10 @@ for (int chunk = begin - 1; chunk < end; chunk++) {
       for (short i = 0; i < 8; i++) {
         const short t = tile_col(lane, i);
         if (t < length - chunk * TOKENS) {
-          now_y[t * y_stride + tile_row(lane, i)] = T(read.e[i]);
+          now_y[t * v_stride + tile_row(lane, i)] = T(read.e[i]);
         }
       }
-      now_y += TOKENS * y_stride;
+      now_y += TOKENS * v_stride;
     }
   }
 

@@ -6,10 +6,6 @@ METAL_FUNC float decay_of(float a, float dt_bias, float A_log) {
   return metal::precise::exp(-metal::precise::exp(A_log) * softplus(a + dt_bias));
 }
 
-METAL_FUNC float rope_angle(int position, float frequency) {
-  return float(position) * frequency;
-}
-
 METAL_FUNC float dot_of(float4 a, float4 b) {
   return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
 }

@@ -4,9 +4,10 @@
 // through RMSNorm, RoPE and L2 norm, runs the gated delta rule and fuses: norm, gate, gamma. A full
 // head has been attended to already, and is fused only.
 //
-//   projected       [B, T, N]: projections of x. From channel FIRST on those of the linear heads:
-//                   q, k, v, the gate before its SiLU if GATED (H * D each), decay and update
-//                   rate (H each); from FULL_GATE_AT on the full heads' gates before their sigmoid
+//   projected       [B, T, N], or [B, N] for a token each: projections of x. From channel FIRST on
+//                   those of the linear heads: q, k, v, the gate before its SiLU if GATED (H * D
+//                   each), decay and update rate (H each); from FULL_GATE_AT on the full heads'
+//                   gates before their sigmoid
 //   q_conv ..       [H * D, TAPS, 1]; not read if TAPS is 0, nor is past
 //   past            [B, TAPS - 1, 3 * H * D]: inputs of the convolution before these
 //   q_norm, k_norm  [D]
@@ -15,15 +16,16 @@
 //   mask            bool [B, T], False for padding; not read unless MASKED
 //   A_log, dt_bias  float [H]
 //   state           float [B, H, D, D]: rows are values, columns keys
-//   full            [B, T, F, D], strided as it comes; not read if F is 0
+//   full            [B, T, F, D]; not read if F is 0
+//   bias, full_bias [H * D], [F * D]: yet to be added to the gates; not read unless BIAS, FULL_BIAS
 //   gamma           float [F + H]
 //   constants       float [4]: eps of q_norm and k_norm, RoPE's scale, eps of the fusion of linear
 //                   and of full heads
-//   out             [B, T, (F + H) * D]
+//   out             [B, T, (F + H) * D], or [B, (F + H) * D]
 //   new_state       as state
 //   new_past        as past; [1] and zero if TAPS is 0
 //
-// Template: X the type of projected and out; P, W those of past and of the convolution's weights;
+// Template: X the type of projected, biases and out; P, W those of past and of the convolution's weights;
 // H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no gate: MLX's CUDA names
 // kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM; THREADS.
 // Grid: (F + H, B) threadgroups of THREADS, a power of two from 32 to 8 D. Eight threads share a row
@@ -48,7 +50,7 @@ threadgroup float4 vectors[3 * MOST * D / 4];
 threadgroup float decay[MOST];
 threadgroup float rate[MOST];
 
-const int T = projected_shape[1];
+const int T = projected_ndim == 2 ? 1 : projected_shape[1];
 const int batch = threadgroup_position_in_grid.y;
 const int place = threadgroup_position_in_grid.x;
 const int thread_index = thread_index_in_threadgroup;
@@ -58,13 +60,11 @@ const device X* rows = projected + size_t(batch) * T * N;
 
 if (place < F) {
   for (int t = simd_group; t < T; t += SIMD_GROUPS) {
-    const size_t start =
-        batch * full_strides[0] + t * full_strides[1] + place * full_strides[2];
     const size_t token = batch * T + t;
     float x[COUNT];
     float squares = 0;
     for (short i = 0; i < COUNT; i++) {
-      x[i] = float(full[start + (lane + 32 * i) * full_strides[3]]);
+      x[i] = float(full[(token * F + place) * D + lane + 32 * i]);
       squares += x[i] * x[i];
     }
     float weight = gamma[place];
@@ -73,8 +73,11 @@ if (place < F) {
     }
     for (short i = 0; i < COUNT; i++) {
       const int c = place * D + lane + 32 * i;
-      const float factor =
-          FULL_GATE_AT < N ? sigmoid(float(rows[t * N + FULL_GATE_AT + c])) : 1.0f;
+      float factor = 1;
+      if (FULL_GATE_AT < N) {
+        const float b = FULL_BIAS ? float(full_bias[c]) : 0.0f;
+        factor = sigmoid(float(rows[t * N + FULL_GATE_AT + c]) + b);
+      }
       out[token * (F + H) * D + c] = X(weight * x[i] * factor);
     }
   }
@@ -255,7 +258,8 @@ for (int t = simd_group; t < T; t += SIMD_GROUPS) {
     float factor = 1;
     // Padding's own gate may be anything.
     if (GATED && ((valid >> t) & 1)) {
-      factor = silu(float(rows[t * N + GATE_AT + head * D + c]));
+      const float b = BIAS ? float(bias[head * D + c]) : 0.0f;
+      factor = silu(float(rows[t * N + GATE_AT + head * D + c]) + b);
     }
     out[(token * (F + H) + place) * D + c] = X(weight * x[i] * factor);
   }

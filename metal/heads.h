@@ -1,4 +1,4 @@
-// What the kernels that write o_proj's input share.
+// What kernels of both kinds of heads share: gates, activations and angles.
 
 // How a gate comes: not at all, already activated, or before its sigmoid or SiLU.
 constant constexpr int NO_GATE = 0;
@@ -40,4 +40,8 @@ METAL_FUNC float log1p_of(float e) {
 
 METAL_FUNC float softplus(float x) {
   return metal::max(x, 0.0f) + log1p_of(metal::precise::exp(-metal::abs(x)));
+}
+
+METAL_FUNC float rope_angle(int position, float frequency) {
+  return float(position) * frequency;
 }

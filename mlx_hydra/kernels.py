@@ -39,15 +39,17 @@ class Kernel:
 
     Args:
         name: the file's name without ``.metal``.
-        inputs, outputs: the names of its buffers, in order. Inputs come as they are, strided or
-            not: what has to be contiguous the caller makes so.
+        inputs, outputs: the names of its buffers, in order.
         headers: files of metal/ that stand before it.
+        contiguous: whether MLX copies inputs that are not row-contiguous. Else they come as they
+            are, strided or not.
     """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     headers: tuple[str, ...] = ()
+    contiguous: bool = False
 
     def __call__(
         self,
@@ -99,7 +101,7 @@ def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callab
         output_names=list(kernel.outputs),
         source=body,
         header=header,
-        ensure_row_contiguous=False,
+        ensure_row_contiguous=kernel.contiguous,
     )
 
 

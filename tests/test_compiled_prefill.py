@@ -25,8 +25,8 @@ def compiled(monkeypatch):
         monkeypatch.setattr(module, "runs_on_gpu", lambda: True)
     calls, make = [], compiled_prefill.functions_of
 
-    def counted(layer):
-        found = make(layer)
+    def counted(layer, leading):
+        found = make(layer, leading)
         if found is None:
             return None
 
@@ -80,7 +80,7 @@ def test_compiled_steps_are_ordinary_ones(compiled, changes, batch, kv_bits):
     assert tiny.distance(again, found) < 1e-4
     if kv_bits is None:
         assert tiny.distance(found, whole(model, tokens)) < 1e-4
-    model.model._compiled_prefill.forget()
+    model.model._remembered.forget()
     plain = read(model, tokens, caches[1], (17, 11, 9, 6))
     assert tiny.distance(found, plain) < (1e-4 if kv_bits is None else 5e-2)
     for cache in (caches[0], caches[2]):
@@ -185,7 +185,7 @@ def test_masks_of_other_caches_are_heeded(compiled):
 
     found = read(model, tokens, windowed(), (T,) * 4)
     assert not compiled
-    model.model._compiled_prefill.forget()
+    model.model._remembered.forget()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hydrahead, "PREFILL", 1000)
         expected = read(model, tokens, windowed(), (T,) * 4)

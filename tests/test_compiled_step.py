@@ -45,6 +45,13 @@ def attention(q, k, v, kv_index, *, scale, offset, mask=None, **_):
 def delta_step(
     projected, weights, gamma, state, past, *, offset, rotation, eps, first=0, full=None, **others
 ):
+    if projected.ndim == 2:
+        out, *left = delta_step(
+            *(projected[:, None], weights, gamma, state, past),
+            **(others | {"offset": offset, "rotation": rotation, "eps": eps}),
+            **{"first": first, "full": full},
+        )
+        return out[:, 0], *left
     (H,), (D,) = weights.A_log.shape, weights.q_norm.shape
     gated = projected.shape[-1] - first >= (4 * D + 2) * H
     ends = [first + i * H * D for i in range(1, 4 + gated)]
@@ -66,10 +73,14 @@ def delta_step(
     )
     o, state = gated_delta(q, k, v, g, beta, state, backend="ops")
     F = len(gamma) - H
-    o = fuse_heads(o, gamma[F:], gate[0] if gate else None, eps=eps, activation="silu")
+    gate, bias = gate[0] if gate else None, others["gate_bias"]
+    gate = gate if bias is None else gate + bias
+    o = fuse_heads(o, gamma[F:], gate, eps=eps, activation="silu")
     if full is not None:
         at = others["full_gate"]
         gate = None if at is None else projected[..., at : at + F * D]
+        bias = others["full_gate_bias"]
+        gate = gate if bias is None else gate + bias
         full = fuse_heads(full, gamma[:F], gate, eps=others["full_eps"], activation="sigmoid")
         o = mx.concatenate([full, o], axis=-1)
     return o, state, past

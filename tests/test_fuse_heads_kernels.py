@@ -53,6 +53,13 @@ def inputs(dtype, shape, activation, layout, seed=0):
     return o, mx.array(rng.uniform(-2, 2, H), mx.float32), gate
 
 
+def bias_of(gate, layout, seed=0):
+    """One of a wider array: with other numbers in between, or where no wide piece starts."""
+    size = gate.shape[-1]
+    wide = mx.array(np.random.default_rng(9 + seed).standard_normal(2 * size + 5), gate.dtype)
+    return wide[5::2] if layout == "heads first" else wide[5 : 5 + size]
+
+
 def plain(x):
     return np.array(x.astype(mx.float32), np.float64)
 
@@ -88,12 +95,12 @@ def reference(o, gamma, gate, eps, activation, dy):
     )
 
 
-def close(found, expected, dtype):
-    """Float32 inside and rounded once."""
-    found, scale = plain(found), np.abs(expected).max()
+def close(found, expected, dtype, rounded=0):
+    """Float32 inside and rounded once; or a sum of what was, of these magnitudes together."""
+    found, rounded = plain(found), rounded + np.abs(expected)
     assert found.shape == expected.shape
-    error = np.abs(found - expected)
-    assert (error <= ROUNDING[dtype] * np.abs(expected) + 2e-5 * scale).all(), error.max() / scale
+    error, scale = np.abs(found - expected), rounded.max()
+    assert (error <= ROUNDING[dtype] * rounded + 2e-5 * scale).all(), error.max() / scale
 
 
 @pytest.mark.parametrize("dtype, shape, eps, activation, layout", CASES)
@@ -122,7 +129,8 @@ def test_result_and_gradients_are_those_of_float64(
         close(gradients[2], expected[3], dtype)
 
 
-# dtype, (B, T, H, D), heads of the second kind, and of each kind eps, activation and layout
+# dtype, (B, T, H, D), heads of the second kind, and of each kind eps, activation, layout and
+# whether its gate has a bias
 KINDS = [
     (mx.float32, (2, 7, 2, 64), 3, (1e-6, "sigmoid", "heads first"), (1e-3, "silu", "rows")),
     (mx.float32, (1, 5, 3, 33), 1, (None, "no gate", "rows"), (1e-6, "silu", "heads first")),
@@ -135,6 +143,32 @@ KINDS = [
         (1e-3, "no gate", "channels apart"),
         (None, "no gate", "heads first"),
     ),
+    (
+        mx.float32,
+        (2, 7, 2, 64),
+        3,
+        (1e-6, "sigmoid", "heads first", "bias"),
+        (1e-3, "silu", "rows", "bias"),
+    ),
+    (mx.float32, (2, 5, 3, 33), 1, (None, None, "rows", "bias"), (1e-6, "silu", "heads first")),
+    (mx.float32, (1, 3, 1, 512), 2, (1e-6, "silu", "rows"), (None, "sigmoid", "rows", "bias")),
+    (
+        mx.float16,
+        (3, 1, 1, 128),
+        15,
+        (1e-5, "no gate", "rows"),
+        (None, "silu", "heads first", "bias"),
+    ),
+    (mx.float16, (2, 5, 2, 96), 1, (None, "silu", "rows", "bias"), (None, "no gate", "rows")),
+    (
+        mx.bfloat16,
+        (1, 65, 2, 128),
+        14,
+        (1e-6, "sigmoid", "rows", "bias"),
+        (1e-6, "silu", "heads first", "bias"),
+    ),
+    (mx.bfloat16, (3, 3, 2, 9), 3, (None, None, "rows", "bias"), (1e-6, "silu", "rows", "bias")),
+    (mx.bfloat16, (2, 3, 1, 256), 2, (1e-6, "silu", "heads first"), (1e-6, None, "rows", "bias")),
 ]
 
 
@@ -150,47 +184,60 @@ def test_kinds_of_heads_are_fused_each_its_way(
     backend = kernel_backend if backend == "kernel" else backend
     B, T, H, D = shape
     sizes, kinds, gammas = (H, heads), [], []
-    for seed, (size, (eps, activation, layout)) in enumerate(zip(sizes, (first, second))):
+    for seed, (size, (eps, activation, layout, *bias)) in enumerate(zip(sizes, (first, second))):
         o, gamma, gate = inputs(dtype, (B, T, size, D), activation, layout, seed)
         activation = None if activation == "no gate" else activation
-        kinds.append(HeadOutputs(o, gate, eps, activation))
+        bias = bias_of(gate, layout, seed) if bias else None
+        kinds.append(HeadOutputs(o, gate, eps, activation, bias))
         gammas.append(gamma)
     dy = mx.array(np.random.default_rng(2).standard_normal((B, T, sum(sizes) * D)), dtype)
 
     def fuse(gamma, *arrays):
         arrays = iter(arrays)
         given = [
-            kind._replace(o=next(arrays), gate=None if kind.gate is None else next(arrays))
+            HeadOutputs(*(next(arrays) if isinstance(x, mx.array) else x for x in kind))
             for kind in kinds
         ]
         return fuse_kinds(given, gamma, backend=backend)
 
-    arrays = [x for kind in kinds for x in kind[:2] if x is not None]
+    arrays = [x for kind in kinds for x in kind if isinstance(x, mx.array)]
     (out,), (d_gamma, *gradients) = mx.vjp(fuse, [mx.concatenate(gammas), *arrays], [dy])
-    assert out.dtype == dtype
+    assert {x.dtype for x in (out, *gradients)} == {dtype}
     found, start = iter(gradients), 0
     for kind, gamma in zip(kinds, gammas):
         stop = start + len(gamma)
         part = slice(start * D, stop * D)
-        expected = reference(kind.o, gamma, kind.gate, kind.eps, kind.activation, dy[..., part])
+        o, gate, eps, activation, bias = kind
+        whole = gate
+        if bias is not None:
+            # A float32 on the way forward, of the gate's type on the way back.
+            whole, gate = gate.astype(mx.float32) + bias.astype(mx.float32), gate + bias
+        expected = reference(o, gamma, whole, eps, activation, dy[..., part])
         close(out[..., part], expected[0], dtype)
+        expected = reference(o, gamma, gate, eps, activation, dy[..., part])
         close(next(found), expected[1], dtype)
         close(d_gamma[start:stop], expected[2], mx.float32)
-        if kind.gate is not None:
+        if gate is not None:
             close(next(found), expected[3], dtype)
+        if bias is not None:
+            close(next(found), expected[3].sum((0, 1)), dtype, np.abs(expected[3]).sum((0, 1)))
         start = stop
 
 
 @pytest.mark.parametrize("activation", ["sigmoid", "silu"])
 def test_gradients_are_those_of_the_ops_backend(activation, kernel_backend):
     case = inputs(mx.float32, (2, 3, 4, 32), activation, "heads first")
+    case += (bias_of(case[-1], "heads first"),)
 
     def loss(backend):
         def of(*arrays):
-            y = fuse_heads(*arrays, eps=1e-6, activation=activation, backend=backend)
+            *arrays, bias = arrays
+            y = fuse_heads(
+                *arrays, eps=1e-6, activation=activation, gate_bias=bias, backend=backend
+            )
             return (y * mx.cos(mx.arange(y.size).reshape(y.shape))).sum()
 
-        return mx.grad(of, argnums=(0, 1, 2))(*case)
+        return mx.grad(of, argnums=(0, 1, 2, 3))(*case)
 
     for found, expected in zip(loss(kernel_backend), loss("ops")):
         close(found, plain(expected), mx.float32)
@@ -203,6 +250,30 @@ def test_what_no_kernel_takes_runs_on_ops(kernel_backend):
     assert fuse_heads(o, gamma, gate, eps=1e-6).shape == gate.shape
     with pytest.raises(ValueError, match="ops only"):
         fuse_heads(o[..., :173], gamma.astype(mx.float16), eps=1e-6, backend=kernel_backend)
+
+
+@pytest.mark.parametrize("D, dtype", [(8, mx.float32), (7, mx.bfloat16)])
+def test_a_bias_that_the_kernel_does_not_take_is_added_by_ops(D, dtype, kernel_backend):
+    o, gamma, gate = inputs(mx.bfloat16, (1, 4, 1, D), "silu", "rows")
+    options = {"eps": 1e-6, "activation": "silu"}
+    fuse_heads(o, gamma, gate, **options, backend=kernel_backend)
+    options["gate_bias"] = mx.ones(D, dtype)
+    with pytest.raises(ValueError, match="ops only"):
+        fuse_heads(o, gamma, gate, **options, backend=kernel_backend)
+    assert fuse_heads(o, gamma, gate, **options).dtype == o.dtype
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32(kernel_backend):
+    o = mx.ones((2, 150, 1, 64), mx.bfloat16)
+    dy = mx.array(np.random.default_rng(0).standard_normal((2, 150, 64)), o.dtype)
+
+    def fuse(bias):
+        gate = o.flatten(2)
+        return fuse_heads(o, mx.ones(1), gate, eps=None, gate_bias=bias, backend=kernel_backend)
+
+    # That of the gate is dy itself, whose sums are a good deal less than what is added.
+    _, (found,) = mx.vjp(fuse, [mx.zeros(64, o.dtype)], [dy])
+    close(found, plain(dy).sum((0, 1)), o.dtype)
 
 
 def test_kinds_that_do_not_fit_are_named():

@@ -25,6 +25,7 @@ BASE = {
     "offset": 17,
     "mask": False,
     "fresh": False,
+    "biases": (),
     "decay": "usual",
     "others": 0,
 }
@@ -42,11 +43,15 @@ CASES = [
     {"T": 4, "D": 128, "fresh": True, "rope": 1.25, "H": 3, "decay": "none"},
     {"T": 2, "offset": 100_000, "decay": "mixed", "dtype": "float16", "taps": 8},
     {"T": 3, "D": 128, "B": 2, "mask": True, "offset": "a sequence", "F": 0, "decay": "mixed"},
+    {"D": 64, "F": 3, "B": 2, "biases": ("gate_bias", "full_gate_bias")},
+    {"T": 2, "D": 128, "H": 3, "dtype": "bfloat16", "biases": ("gate_bias",)},
+    {"T": 5, "F": 2, "dtype": "float16", "biases": ("full_gate_bias",)},
 ]
 
 # The rest of the grid, where a GPU runs it.
 GRID = [
     {"dtype": dtype, "D": D, "T": T, "B": B, "taps": taps, "mask": mask, "H": 3, "F": F}
+    | {"biases": ("gate_bias", "full_gate_bias") if F == 2 else ()}
     for dtype, D, (T, B, taps, mask, F) in itertools.product(
         ("float32", "float16", "bfloat16"),
         (32, 64, 128, 256),
@@ -100,6 +105,7 @@ def inputs(case, seed=0):
         "first": first,
         "full": random(B, F, T, D, scale=3).transpose(0, 2, 1, 3) if F else None,
         "full_gate": 5 if F and case["full_gated"] else None,
+        **{name: random(C if name == "gate_bias" else F * D, mean=1) for name in case["biases"]},
         "full_eps": case["full_eps"],
     }
 
@@ -129,6 +135,8 @@ def reference(case, arguments):
     heads = (heads * plain(arguments["gamma"])[F:, None]).reshape(B, T, C)
     if case["gated"]:
         gate = x[..., first + 3 * C : first + 4 * C]
+        if "gate_bias" in arguments:
+            gate = gate + plain(arguments["gate_bias"])
         heads = heads * gate * sigmoid(gate)
     if F:
         full = plain(arguments["full"])
@@ -136,7 +144,10 @@ def reference(case, arguments):
             full = normed(full, case["full_eps"])
         full = (full * plain(arguments["gamma"])[:F, None]).reshape(B, T, F * D)
         if case["full_gated"]:
-            full = full * sigmoid(x[..., 5 : 5 + F * D])
+            gate = x[..., 5 : 5 + F * D]
+            if "full_gate_bias" in arguments:
+                gate = gate + plain(arguments["full_gate_bias"])
+            full = full * sigmoid(gate)
         heads = np.concatenate([full, heads], axis=-1)
     return heads, state, past
 
@@ -168,6 +179,17 @@ def test_a_step_is_the_layer_in_float64(case, kernel_backend):
     arguments = inputs(case)
     found = gated_delta_step(**arguments, backend=kernel_backend)
     check(case, arguments, found, reference(case, arguments))
+
+
+@pytest.mark.parametrize("B", [1, 3])
+def test_a_token_of_each_sequence_may_come_without_an_axis_of_its_own(B, kernel_backend):
+    case = BASE | {"B": B, "F": 2, "biases": ("gate_bias",)}
+    arguments = inputs(case)
+    expected = reference(case, arguments)
+    arguments["projected"] = arguments["projected"][:, 0]
+    out, *left = gated_delta_step(**arguments, backend=kernel_backend)
+    assert out.shape == (B, 4 * case["D"])
+    check(case, arguments, (out[:, None], *left), expected)
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])

@@ -63,7 +63,7 @@ def on_ops(monkeypatch, function, *arguments):
         found = function(*arguments)
     for model in arguments[:1]:
         # On a GPU it has compiled its steps: the kernels' first token is to be an ordinary one.
-        model.model._compiled_step.forget()
+        model.model._remembered.forget()
     return found
 
 

@@ -41,6 +41,7 @@ X = mx.random.normal((2, 3, 64), key=mx.random.key(9))
 
 LAYERS = {
     "one": lambda: [linear(5)],
+    "of one with a bias": lambda: [linear(5, True)],
     "plain": lambda: [linear(32, seed=1), linear(5, seed=2), linear(64, seed=3)],
     "some with a bias": lambda: [linear(32), linear(5, True, 2), linear(64, True, 4)],
     "quantized": lambda: [quantized(32), quantized(64, bias=True, seed=1), quantized(8, seed=2)],
@@ -60,6 +61,14 @@ def separately(layers, x=X):
     return mx.concatenate([layer(x) for layer in layers], axis=-1)
 
 
+def biased(found, together, layers):
+    """What a joined product gives, without the zeros behind it and with all biases."""
+    biases = together.biases(layers)
+    sizes = [layer(X).shape[-1] for layer in layers]
+    found = mx.split(found, [sum(sizes[: i + 1]) for i in range(len(sizes))], axis=-1)
+    return mx.concatenate([x if b is None else x + b for x, b in zip(found, biases)], axis=-1)
+
+
 def width_of(layers):
     return separately(layers).shape[-1]
 
@@ -70,15 +79,21 @@ def test_it_gives_what_the_layers_give_one_by_one(make):
     together = SideBySide()
     width = width_of(layers)
     found = together(X, layers)
-    assert tiny.distance(found[..., :width], expected) < 1e-4
+    assert tiny.distance(biased(found, together, layers), expected) < 1e-4
     assert found.shape[-1] - width < 8
     assert not found[..., width:].any()
     assert tiny.distance(separately(layers), expected) < 1e-4
-    assert tiny.distance(together(X[:1], layers)[..., :width], expected[:1]) < 1e-4
-    apart = together.apart(X, layers)
-    assert [x.shape[-1] for x in apart] == [layer(X).shape[-1] for layer in make()]
-    assert tiny.distance(mx.concatenate(apart, axis=-1), expected) < 1e-4
-    assert [x.dtype for x in apart] == [layer(X).dtype for layer in make()]
+    assert tiny.distance(biased(together(X[:1], layers), together, layers), expected[:1]) < 1e-4
+    rows = X.flatten(0, 1)
+    unbiased = together.unbiased(rows, layers, X.shape[:2])
+    for outputs in (
+        together.apart(X, layers),
+        together.one_by_one(X, layers),
+        [x if b is None else x + b for x, b in zip(unbiased, together.biases(layers))],
+    ):
+        assert [x.shape for x in outputs] == [layer(X).shape for layer in make()]
+        assert tiny.distance(mx.concatenate(outputs, axis=-1), expected) < 1e-4
+        assert [x.dtype for x in outputs] == [layer(X).dtype for layer in make()]
 
 
 @pytest.mark.parametrize(
@@ -107,13 +122,19 @@ def test_nothing_is_held_twice():
 
 def test_weights_that_were_replaced_are_taken_up():
     layers, together = LAYERS["some with a bias"](), SideBySide()
-    together(X, layers)
+
+    def assert_right():
+        assert tiny.distance(biased(together(X, layers), together, layers), separately(layers)) < (
+            1e-4
+        )
+
+    assert_right()
     layers[1].weight = layers[1].weight + 1
-    assert tiny.distance(together(X, layers)[..., : width_of(layers)], separately(layers)) < 1e-4
+    assert_right()
     layers[2].bias = layers[2].bias + 1
-    assert tiny.distance(together(X, layers)[..., : width_of(layers)], separately(layers)) < 1e-4
+    assert_right()
     layers[0] = quantized(32)
-    assert tiny.distance(together(X, layers)[..., : width_of(layers)], separately(layers)) < 1e-4
+    assert_right()
 
 
 def test_weights_that_stay_are_joined_once(monkeypatch):
@@ -157,15 +178,33 @@ def nodes_of(function, x):
     return [name for name in names if name not in (None, "Broadcast")]
 
 
-@pytest.mark.parametrize("rows, products", [(1, ["Matmul", "Add"]), (3, ["AddMM"])])
-def test_cublas_is_not_asked_for_a_row_with_a_bias(rows, products, monkeypatch):
-    monkeypatch.setattr(kernels, "gpu_backend", lambda: "cuda")
-    make, together, x = LAYERS["some with a bias"], SideBySide(), X[0, :rows]
+@pytest.mark.parametrize("name", ["some with a bias", "quantized", "one", "of one with a bias"])
+def test_a_product_is_one_node(name):
+    make, together = LAYERS[name], SideBySide()
     layers = make()
-    expected = separately(make(), x)
-    assert tiny.distance(together(x, layers)[..., : expected.shape[-1]], expected) < 1e-4
-    # No weight is turned, and nothing sliced.
-    assert nodes_of(lambda x: together(x, layers), x) == products
+    together(X[0], layers)
+    # No bias is added, no weight is turned, and nothing sliced.
+    product = "QuantizedMatmul" if name == "quantized" else "Matmul"
+    assert nodes_of(lambda x: together(x, layers), X[0]) == [product]
+    each = nodes_of(lambda x: together.one_by_one(x, layers), X[0])
+    if name == "of one with a bias":
+        assert each == ["AddMM"]
+    elif name != "quantized":
+        assert sorted(each) == ["AddMM"] * (len(layers) - 1) + ["Matmul"]
+
+
+def test_what_stands_in_for_a_layer_is_called():
+    class Recorder:
+        def __init__(self, layer):
+            self.layer, self.seen = layer, []
+
+        def __call__(self, x):
+            self.seen.append(x)
+            return self.layer(x)
+
+    recorder, together = Recorder(linear(5, True)), SideBySide()
+    assert mx.array_equal(together.apart(X, [recorder])[0], recorder.layer(X))
+    assert recorder.seen
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -178,6 +217,19 @@ def test_parts_get_their_biases_apart(rows, monkeypatch):
     assert tiny.distance(found, expected) < 1e-4
     sums = nodes_of(lambda x: together.apart(x, layers), x)
     assert sums == ["Matmul", "Split", "Add", "Add"]
+
+
+@pytest.mark.parametrize("count", [9, 10, 11, 13])
+@pytest.mark.parametrize("last", [64, 5])
+def test_many_parts_are_split_off_as_few(count, last):
+    layers = [linear(8 * i, seed=i) for i in range(1, count)] + [linear(last)]
+    expected, together = [layer(X) for layer in layers], SideBySide()
+    found = together.apart(X, layers)
+    assert [x.shape for x in found] == [x.shape for x in expected]
+    assert all(tiny.distance(x, y) < 1e-4 for x, y in zip(found, expected))
+    nodes = nodes_of(lambda x: together.apart(x, layers), X[0])
+    parts = count + (last % 8 > 0)
+    assert nodes == ["Matmul", "Split"] + ["Slice"] * (0 if parts <= 10 else count - 9)
 
 
 @pytest.mark.parametrize("last", [64, 5])

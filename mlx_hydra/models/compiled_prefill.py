@@ -15,27 +15,28 @@ from mlx_lm.models.cache import ArraysCache
 
 from ..ops.head_attention import prefill_splits
 from .cache import append, full_part, linear_part
-from .compiled_step import TRACES, Remembered
-from .positions import log_scales
+from .compiled_step import TRACES
 
 # Shapes of steps that are known; beyond these the count begins anew.
 SHAPES = 64
 
 
-class CompiledPrefill(Remembered):
+class CompiledPrefill:
     """Runs layers on steps of a length that an ordinary step has had before (:meth:`remember`)."""
 
-    def forget(self) -> None:
-        super().forget()
-        self._seen: set[tuple] = set()
+    def __init__(self):
+        self.forget()
 
     def __reduce__(self):
         return CompiledPrefill, ()
 
-    def remember(self, layers: Sequence[nn.Module], h: mx.array) -> None:
+    def forget(self) -> None:
+        """Let go of what has been traced, which holds weights."""
+        self._traced: dict[tuple, list] = {}
+        self._seen: set[tuple] = set()
+
+    def remember(self, h: mx.array) -> None:
         """Take what an ordinary step has run for what is compiled in the next of its length."""
-        if not self.remembers(layers):
-            super().remember(layers)
         if len(self._seen) >= SHAPES:
             self._seen.clear()
         self._seen.add(key_of(h))
@@ -48,44 +49,49 @@ class CompiledPrefill(Remembered):
         Args:
             h: ``[B, T, hidden]``, without padding.
         """
-        key = key_of(h)
+        key, leading = key_of(h), h.shape[:2]
         if not isinstance(offset, int) or key not in self._seen or not takes(layers, cache):
             return None
         # The one that was used last comes last, and stays longest. Put down in one piece: another
         # thread may be here, too.
         traced = dict(self._traced)
-        functions = traced.pop(key, None) or [functions_of(layer) for layer in layers]
+        functions = traced.pop(key, None) or [functions_of(layer, leading) for layer in layers]
         self._traced = dict(list(traced.items())[1 - TRACES :]) | {key: functions}
-        where, empty = mx.array([offset]), {}
+        where, empty, split = mx.array([offset]), {}, {}
 
         def run(n: int, h: mx.array, c: Any) -> mx.array:
             layer = layers[n]
             if functions[n] is None:
-                return layer(h, None, None, c, offset)
+                return layer(h.reshape(*leading, -1), None, None, c, offset)
             before, after = functions[n]
+            if h.ndim == 3:
+                # Of rows a product is one node of the graph, of sequences of them three.
+                h = h.flatten(0, 1)
             linear = linear_part(c)
-            base = layer.self_attn.full.log_scale_base if "full" in layer.self_attn else None
-            scales = () if base is None else (log_scales(offset, h.shape[1], base),)
             states = linear.cache
             if states[0] is None:
                 # Layers of as many heads take the same zeros.
                 heads = layer.self_attn.linear
-                states = empty.get(heads.n_heads) or heads.empty_states(h)
+                states = empty.get(heads.n_heads) or heads.empty_states(leading[0], h.dtype)
                 empty[heads.n_heads] = states
-            of_full, of_linear, states = before(h, where, scales, tuple(states))
+            of_full, of_linear, states = before(h, where, tuple(states))
             linear.cache = list(states)
             splits = None
             if of_full:
                 attention, (q, k, v, *gate) = layer.self_attn.full, of_full
                 k, v = append(full_part(c), k, v)
                 if isinstance(k, mx.array):
-                    splits = prefill_splits(q, k, v, attention.kv_index, offset)
+                    call = q.shape, k.shape, attention.kv_index
+                    if call not in split:
+                        split[call] = prefill_splits(q, k, v, attention.kv_index, offset)
+                    splits = split[call]
                 if splits is None:
                     o = attention.attend(q, k, v, None, full_part(c), scale=attention.scale)
                     of_full = (o, *gate)
                 else:
                     of_full = (q, k[:, :, :1], v[:, :, :1], *gate)
-            return after(splits)(h, where, of_full, of_linear)
+            h = after(splits)(h, where, of_full, of_linear)
+            return mx.unflatten(h, 0, leading) if n + 1 == len(layers) else h
 
         return run
 
@@ -112,26 +118,28 @@ def takes(layers: Sequence[nn.Module], cache: Sequence[Any]) -> bool:
     return True
 
 
-def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
+def functions_of(layer: nn.Module, leading: tuple[int, int]) -> Optional[tuple[Callable, Callable]]:
     """What a layer does before keys and values are put down, compiled, and after it.
 
-    The second is a function of the parts that attention splits keys into, None where it has been
-    done. None for a layer without linear heads.
+    States are rows ``[B * T, hidden]``. The second is a function of the parts that attention splits
+    keys into, None where it has been done. None for a layer without linear heads.
+
+    Args:
+        leading: B and T.
     """
     attention = layer.self_attn
     if "linear" not in attention:
         return None
+    products, projections = attention.side_by_side, attention.projections
+    count = len(attention.full.projections) if "full" in attention else 0
+    full_bias, linear_bias = attention.gate_biases()
 
-    def before(h, where, scales, states):
-        of_full = attention.full.projections if "full" in attention else []
+    def before(h, where, states):
         x = layer.input_layernorm(h)
-        projected = attention.side_by_side.apart(x, attention.projections)
-        of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
+        projected = products.unbiased(x, projections, leading)
+        of_full, of_linear = projected[:count], projected[count:]
         if of_full:
-            q, *others = attention.full.heads(of_full, h.shape[1], where.reshape(()))
-            for factor in scales:
-                q = (q * factor).astype(q.dtype)
-            of_full = (q, *others)
+            of_full = attention.full.heads(of_full, leading[1], where)
         cache = ArraysCache(size=len(states))
         cache.cache = list(states)
         o, gate = attention.linear(x, None, cache, where, of_linear)
@@ -145,10 +153,11 @@ def functions_of(layer: nn.Module) -> Optional[tuple[Callable, Callable]]:
                 q, k, v, *gate = of_full
                 of_full = (attention.full.attend_from(q, k, v, where, splits), *gate)
             if of_full:
-                kinds.append(attention.full_outputs(*of_full))
-            kinds.append(attention.linear_outputs(*of_linear))
-            h = h + attention.o_proj(attention.fused(kinds).astype(h.dtype))
-            return h + layer.mlp(layer.post_attention_layernorm(h))
+                kinds.append(attention.full_outputs(*of_full, gate_bias=full_bias))
+            kinds.append(attention.linear_outputs(*of_linear, gate_bias=linear_bias))
+            heads = attention.fused(kinds).astype(h.dtype).flatten(0, 1)
+            h = h + attention.output(heads)
+            return h + layer.feed_forward(layer.post_attention_layernorm(h), together=False)
 
         return mx.compile(finish)
 

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Optional
 
@@ -71,7 +71,7 @@ class KVBuffers:
 
 
 class Remembered:
-    """Layers that an ordinary step has run, and what has been compiled of them.
+    """Layers that an ordinary step has run, and joined, as what is compiled holds their weights.
 
     Modules, weights and settings that are assigned anew afterwards are noticed; a weight that is
     changed in place, as by ``w *= 2``, is not.
@@ -80,18 +80,22 @@ class Remembered:
     def __init__(self):
         self.forget()
 
+    def __reduce__(self):
+        return Remembered, ()
+
     def forget(self) -> None:
         """Let go of the layers, whose weights are held as long."""
-        # Modules, and their weights and settings. One tuple: another thread may be reading.
-        self._known: tuple[list[nn.Module], list[Any]] = [], []
-        self._traced: dict[tuple, Any] = {}
+        # Layers, where their weights and settings are, and these. One tuple: another thread may be
+        # reading.
+        self._known: tuple[list[nn.Module], list[dict], list[Any]] = [], [], []
 
     def remembers(self, layers: Sequence[nn.Module]) -> bool:
         """Whether an ordinary step has run with these very layers, weights and settings."""
-        modules, known = self._known
+        modules, places, known = self._known
         if not modules or not all(map(operator.is_, layers, modules)):
             return False
-        parts = list(parts_of(modules))
+        # By no Python loop, as every token asks.
+        parts = list(chain.from_iterable(map(dict.values, places)))
         return len(parts) == len(known) and all(map(operator.is_, parts, known))
 
     @property
@@ -103,22 +107,31 @@ class Remembered:
         modules = list(layers)
         for module in modules:
             modules += [part for part in module.values() if isinstance(part, nn.Module)]
-        parts = list(parts_of(modules))
+        # Not the settings of MLX's plain layers, of which there are many, and which do not change.
+        places = modules + [vars(module) for module in modules if type(module) not in PLAIN]
+        parts = list(chain.from_iterable(map(dict.values, places)))
         self.forget()
         # What is put into a list, or taken out, is not noticed.
         lists = [part for part in parts if type(part) in (list, tuple, dict)]
         if not any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(lists)):
-            self._known = modules, parts
+            self._known = modules, places, parts
 
 
-class CompiledStep(Remembered):
+class CompiledStep:
     """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
 
-    An ordinary step has to run first (:meth:`remember`). A cache that is full is made to grow.
+    An ordinary step has to run first (:class:`Remembered`). A cache that is full is made to grow.
     """
+
+    def __init__(self):
+        self.forget()
 
     def __reduce__(self):
         return CompiledStep, ()
+
+    def forget(self) -> None:
+        """Let go of what has been traced, which holds weights."""
+        self._traced: dict[tuple, Callable] = {}
 
     def takes(self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any]) -> bool:
         """Whether the step is a token on a GPU, over plain caches.
@@ -195,16 +208,6 @@ class CompiledStep(Remembered):
 
 def runs_on_gpu() -> bool:
     return mx.default_device() == mx.gpu
-
-
-def parts_of(modules: Sequence[nn.Module]) -> Iterator[Any]:
-    """Weights, modules and settings of these, by no Python loop, as every token asks for them.
-
-    Not the settings of MLX's plain layers, of which there are many, and which do not change.
-    """
-    with_settings = [module for module in modules if type(module) not in PLAIN]
-    settings = chain.from_iterable(map(dict.values, map(vars, with_settings)))
-    return chain(chain.from_iterable(map(dict.values, modules)), settings)
 
 
 def traceable(layers: Sequence[nn.Module]):

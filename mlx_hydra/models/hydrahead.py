@@ -20,6 +20,7 @@ from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
 from ..ops.gated_delta_step import MOST_TOKENS, Weights, gated_delta_step, step_backend
 from ..ops.head_attention import head_attention_prefill
+from ..ops.head_attention_inputs import head_attention_inputs, log_scales
 from .cache import (
     CONV,
     RECURRENT,
@@ -31,8 +32,8 @@ from .cache import (
     padding_mask,
 )
 from .compiled_prefill import CompiledPrefill
-from .compiled_step import CompiledStep, KVBuffers, runs_on_gpu
-from .positions import log_scales, rope_for, rotation_of
+from .compiled_step import CompiledStep, KVBuffers, Remembered, runs_on_gpu
+from .positions import rope_for, rotation_of
 from .side_by_side import SideBySide, is_inside_transformation
 
 # Tokens whose layers keep a GPU busy for longer than Python takes to build the next; and every
@@ -71,8 +72,9 @@ class FullAttention(nn.Module):
         self.k_norm = nn.RMSNorm(D, eps=args.rms_norm_eps)
         if switches.rope:
             self.rope = rope_for(args)
+        self._rotation = rotation_of(self.rope, D) if switches.rope else None
         # RoPE of another kind may want to know where it is.
-        self.takes_arrays = not switches.rope or rotation_of(self.rope, D) is not None
+        self.takes_arrays = not switches.rope or self._rotation is not None
 
     @property
     def projections(self) -> list[nn.Module]:
@@ -90,15 +92,15 @@ class FullAttention(nn.Module):
     def __call__(
         self, x, mask, cache, offset, projected=None
     ) -> tuple[mx.array, Optional[mx.array]]:
-        T, compiled = x.shape[1], isinstance(cache, KVBuffers)
+        T, compiled = tokens_of(x), isinstance(cache, KVBuffers)
         if compiled:
             mask = cache.position.seen
         projected = projected or [projection(x) for projection in self.projections]
         where = cache.position.scalar if compiled else offset
         q, k, v, *gate = self.heads(projected, T, where)
         scale, a = self.scale, self.log_scale_base
-        if a is not None:
-            if T == 1 and isinstance(offset, int):
+        if a is not None and T == 1:
+            if isinstance(offset, int):
                 # One position: its factor is a number, and costs no operation.
                 scale *= math.log(offset + a) / math.log(a)
             elif compiled and mask is None:
@@ -106,7 +108,7 @@ class FullAttention(nn.Module):
             elif compiled:
                 q = (q * cache.position.log_scale(a, 1.0)).astype(q.dtype)
             else:
-                q = (q * self.log_scales(T, offset)).astype(q.dtype)
+                q = (q * log_scales(offset, T, a)).astype(q.dtype)
         where = offset if compiled and mask is None else None
         if cache is not None:
             k, v = append(cache, k, v)
@@ -114,13 +116,27 @@ class FullAttention(nn.Module):
         return o, gate[0] if gate else None
 
     def heads(self, projected, T, where) -> list[mx.array]:
-        """Queries, keys and values of the projections ``[B, H, T, D]``, and what else there is."""
+        """Queries, keys and values of the projections ``[B, H, T, D]``, and what else there is.
+
+        Queries come with the log scale; one token's without, as it may have it for nothing.
+        """
         q, k, v, *gate = projected
-        q = heads_first(self.q_norm(by_head(q, self.n_heads)), T)
-        k = heads_first(self.k_norm(by_head(k, self.n_kv_heads)), T)
-        v = heads_first(by_head(v, self.n_kv_heads), T)
-        if "rope" in self:
-            q, k = self.rope(q, offset=where), self.rope(k, offset=where)
+        rope = self.rope if "rope" in self else None
+        if T != 1:
+            q, k, v = head_attention_inputs(
+                *(q, k, v, self.q_norm.weight, self.k_norm.weight),
+                eps=self.q_norm.eps,
+                offset=where,
+                log_scale_base=self.log_scale_base,
+                rope=rope,
+                rotation=self._rotation,
+            )
+            return [q, k, v, *gate]
+        q = self.q_norm(of_a_token(q, self.n_heads))
+        k = self.k_norm(of_a_token(k, self.n_kv_heads))
+        v = of_a_token(v, self.n_kv_heads)
+        if rope is not None:
+            q, k = rope(q, offset=where), rope(k, offset=where)
         return [q, k, v, *gate]
 
     def attend(self, q, k, v, mask, cache, *, scale, offset=None) -> mx.array:
@@ -148,32 +164,15 @@ class FullAttention(nn.Module):
         )
         return o.transpose(0, 2, 1, 3)
 
-    def log_scales(self, T, offset):
-        """s_t = log(t + a) / log(a), HypeNet's (2601.22156): ``[T, 1]`` or ``[B, 1, T, 1]``."""
-        if isinstance(offset, int):
-            return log_scales(offset, T, self.log_scale_base)
-        # Left padding has positions below zero, which nothing reads.
-        t = mx.maximum(offset[:, None, None] + mx.arange(T), 0).astype(mx.float32)
-        return (mx.log(t + self.log_scale_base) / math.log(self.log_scale_base))[..., None]
 
-
-def by_head(x: mx.array, heads: int) -> mx.array:
-    """``[B, T, H * D]`` as ``[B, T, H, D]``, and for one token as ``[B, H, 1, D]`` at once."""
-    B, T, _ = x.shape
-    return x.reshape((B, heads, 1, -1) if T == 1 else (B, T, heads, -1))
+def of_a_token(x: mx.array, heads: int) -> mx.array:
+    """``[B, 1, H * D]`` or ``[B, H * D]`` as ``[B, H, 1, D]``, by one view."""
+    return x.reshape(len(x), heads, 1, -1)
 
 
 def tokens_of(x: mx.array) -> int:
     """T of ``x [B, T, dim]``; in a compiled step it is ``[B, dim]``, and 1."""
     return 1 if x.ndim == 2 else x.shape[1]
-
-
-def heads_first(x: mx.array, T: int) -> mx.array:
-    """What :func:`by_head` gives of T tokens as ``[B, H, T, D]``.
-
-    Nothing is to be done for one: views start no kernel, but the host handles each.
-    """
-    return x if T == 1 else x.transpose(0, 2, 1, 3)
 
 
 class LinearAttention(nn.Module):
@@ -226,7 +225,7 @@ class LinearAttention(nn.Module):
             cache[RECURRENT] = state
             if self.taps:
                 cache[CONV] = past
-            cache.advance(x.shape[1])
+            cache.advance(q.shape[1])
             # Else all layers' states are made at the end of a prefill step, and until then each
             # holds the sequences it is made from.
             o = mx.depends(o, [s for s in cache.cache if s is not None])
@@ -245,12 +244,12 @@ class LinearAttention(nn.Module):
         gate = [self.g_proj] if "g_proj" in self else []
         return [self.q_proj, self.k_proj, self.v_proj, *gate, self.a_proj, self.b_proj]
 
-    def empty_states(self, h: mx.array) -> list[mx.array]:
-        """What the cache of ``h [B, T, hidden]`` holds before the first token."""
-        B, H, D = len(h), self.n_heads, self.head_dim
+    def empty_states(self, B: int, dtype: mx.Dtype) -> list[mx.array]:
+        """What the cache of B sequences holds before the first token."""
+        H, D = self.n_heads, self.head_dim
         states = {RECURRENT: mx.zeros((B, H, D, D), mx.float32)}
         if self.taps:
-            states[CONV] = mx.zeros((B, self.taps - 1, 3 * H * D), h.dtype)
+            states[CONV] = mx.zeros((B, self.taps - 1, 3 * H * D), dtype)
         return [states[place] for place in sorted(states)]
 
     @property
@@ -282,7 +281,7 @@ class LinearAttention(nn.Module):
         cache[RECURRENT] = state
         if self.taps:
             cache[CONV] = past
-        cache.advance(projected.shape[1])
+        cache.advance(tokens_of(projected))
         return o
 
 
@@ -309,10 +308,21 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(
             args.num_attention_heads * args.head_dim, args.hidden_size, bias=False
         )
-        self.side_by_side = SideBySide()
+        self.side_by_side, self._out = SideBySide(), SideBySide()
 
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
-        return self.o_proj(self.fused_heads(x, full_mask, linear_mask, cache, offset))
+        heads = self.fused_heads(x, full_mask, linear_mask, cache, offset)
+        return self.output(heads) if self.is_step(x, cache) else self.o_proj(heads)
+
+    def is_step(self, x, cache) -> bool:
+        """Whether x is a token or a few, for which the host's work is what takes time."""
+        if tokens_of(x) == 1 and cache is not None and not self.training and runs_on_gpu():
+            return True
+        return self.step_backend(x, cache) != "ops"
+
+    def output(self, heads) -> mx.array:
+        """What o_proj makes of the heads, of weights that lie turned; not for training."""
+        return self._out.apart(heads, [self.o_proj])[0]
 
     @property
     def projections(self) -> list[nn.Module]:
@@ -348,11 +358,31 @@ class Attention(nn.Module):
             kinds.append(self.linear_outputs(o, gate))
         return self.fused(kinds).astype(x.dtype)
 
-    def full_outputs(self, o, gate=None) -> HeadOutputs:
-        return HeadOutputs(o, gate, self.full_eps, "sigmoid")
+    def full_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:
+        return HeadOutputs(o, gate, self.full_eps, "sigmoid", gate_bias)
 
-    def linear_outputs(self, o, gate=None) -> HeadOutputs:
-        return HeadOutputs(o, gate, self.linear_eps, "silu")
+    def linear_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:
+        return HeadOutputs(o, gate, self.linear_eps, "silu", gate_bias)
+
+    def gate_biases(self) -> tuple[Optional[mx.array], Optional[mx.array]]:
+        """Of the full and the linear heads: what has yet to be added to joined projections.
+
+        No other projection has a bias.
+        """
+        pairs = list(zip(self.projections, self.side_by_side.biases(self.projections)))
+        gates = [self[kind].get("g_proj") if kind in self else None for kind in ("full", "linear")]
+        return tuple(next((b for layer, b in pairs if layer is gate), None) for gate in gates)
+
+    def join(self) -> None:
+        """Have the products that stand for several layers, as a first token would."""
+        self._out.join([self.o_proj])
+        if "linear" in self:
+            self.side_by_side.join(self.projections)
+
+    def forget(self) -> None:
+        """Let go of those products."""
+        self._out.forget()
+        self.side_by_side.forget()
 
     def fused(self, kinds) -> mx.array:
         """What o_proj reads of one kind of heads or two."""
@@ -365,8 +395,8 @@ class Attention(nn.Module):
     def _step(self, x, full_mask, linear_mask, cache, offset, backend):
         """A few tokens: one product for all projections, and one kernel for what follows."""
         of_full_heads = {}
-        rows = self.side_by_side(x, self.projections)
-        projected = rows.reshape(len(x), tokens_of(x), -1)
+        projected = self.side_by_side(x, self.projections)
+        full_bias, linear_bias = self.gate_biases()
         if "full" in self:
             *parts, _ = mx.split(projected, self.full.ends, axis=-1)
             o, gate = self.full(projected, full_mask, full_part(cache), offset, parts)
@@ -374,19 +404,20 @@ class Attention(nn.Module):
                 "first": self.full.ends[-1],
                 "full": o,
                 "full_gate": None if gate is None else self.full.ends[-2],
+                "full_gate_bias": full_bias,
                 "full_eps": self.full_eps,
             }
-        fused = self.linear.step(
+        return self.linear.step(
             projected,
             linear_mask,
             linear_part(cache),
             offset,
             gamma=self.fusion.gamma,
             eps=self.linear_eps,
+            gate_bias=linear_bias,
             backend=backend,
             **of_full_heads,
         )
-        return fused.reshape(*x.shape[:-1], -1)
 
 
 class TransformerBlock(nn.Module):
@@ -396,27 +427,34 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(args.hidden_size, args.intermediate_size)
         self.input_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self._side_by_side = SideBySide()
+        self._side_by_side, self._down = SideBySide(), SideBySide()
 
     def __call__(self, x, full_mask=None, linear_mask=None, cache=None, offset=0) -> mx.array:
         h = x + self.self_attn(self.input_layernorm(x), full_mask, linear_mask, cache, offset)
-        mlp, x = self.mlp, self.post_attention_layernorm(h)
-        is_token = tokens_of(x) == 1 and cache is not None and not self.training and runs_on_gpu()
-        if not is_token and self.self_attn.step_backend(x, cache) == "ops":
-            return h + mlp(x)
-        gate, up = self._side_by_side.apart(x, [mlp.gate_proj, mlp.up_proj])
-        return h + mlp.down_proj(swiglu(gate, up))
+        x = self.post_attention_layernorm(h)
+        return h + (self.feed_forward(x) if self.self_attn.is_step(x, cache) else self.mlp(x))
+
+    def feed_forward(self, x, together=True) -> mx.array:
+        """What the MLP makes of x, of weights that lie turned; not for training.
+
+        Its first two products together, as for a token, or one by one.
+        """
+        mlp, products = self.mlp, self._side_by_side
+        run = products.apart if together else products.one_by_one
+        gate, up = run(x, [mlp.gate_proj, mlp.up_proj])
+        return self._down.apart(swiglu(gate, up), [mlp.down_proj])[0]
 
     def join(self) -> None:
         """Have the products that stand for several layers, as a first token would."""
         self._side_by_side.join([self.mlp.gate_proj, self.mlp.up_proj])
-        if "linear" in self.self_attn:
-            self.self_attn.side_by_side.join(self.self_attn.projections)
+        self._down.join([self.mlp.down_proj])
+        self.self_attn.join()
 
     def forget(self) -> None:
-        """Let go of products that stand for several layers."""
+        """Let go of those products."""
         self._side_by_side.forget()
-        self.self_attn.side_by_side.forget()
+        self._down.forget()
+        self.self_attn.forget()
 
 
 class HydraHeadModel(nn.Module):
@@ -425,8 +463,8 @@ class HydraHeadModel(nn.Module):
         self.embed_tokens = nn.Embedding(args.vocab_size, args.hidden_size)
         self.layers = [TransformerBlock(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
-        self._compiled_step = CompiledStep()
-        self._compiled_prefill = CompiledPrefill()
+        self._remembered = Remembered()
+        self._compiled_step, self._compiled_prefill = CompiledStep(), CompiledPrefill()
 
     def __call__(
         self,
@@ -438,19 +476,17 @@ class HydraHeadModel(nn.Module):
         if cache is None:
             cache = [None] * len(self.layers)
         compiles = self._compiled_step.takes(self.layers, h, cache)
-        remembers = self._compiled_step.remembers(self.layers)
-        if remembers and compiles:
+        known = not self.training and self._remembered.remembers(self.layers)
+        if known and compiles:
             return self.norm(self._compiled_step(self.layers, h, cache))
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
-        knows_others = not (remembers or self._compiled_step.is_empty) or not (
-            self._compiled_prefill.is_empty or self._compiled_prefill.remembers(self.layers)
-        )
-        if self.training or knows_others:
+        if self.training or not (known or self._remembered.is_empty):
             # The weights are others, or will be soon: these would be held beside them.
-            self._compiled_step.forget()
-            self._compiled_prefill.forget()
-            for layer in self.layers:
-                layer.forget()
+            for kept in (
+                *(self._remembered, self._compiled_step, self._compiled_prefill),
+                *self.layers,
+            ):
+                kept.forget()
 
         # Linear layers keep no offset: all layers take it from the first that caches keys.
         first_full = next((c for c in map(full_part, cache) if c is not None), None)
@@ -464,21 +500,22 @@ class HydraHeadModel(nn.Module):
         of_ours = all(type(layer) is TransformerBlock for layer in self.layers)
         plain = linear_mask is None and not isinstance(full_mask, mx.array)
         # Weights that gradients are asked of are others; embeddings may be asked, too.
-        if prefills and of_ours and plain and (input_embeddings is None or begin(h)):
+        if known and prefills and of_ours and plain and (input_embeddings is None or begin(h)):
             run = self._compiled_prefill.runner(self.layers, h, cache, offset)
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
             # Not the last: of most steps of a prefill its output is not asked for.
             if prefills and i % LAYERS_AT_ONCE == 0 and layer is not self.layers[-1]:
                 begin(h)
-        if compiles:
-            self._compiled_step.remember(self.layers)
-        if prefills and of_ours and run is None:
+        first = prefills and of_ours and run is None and not self.training
+        if first:
             if runs_on_gpu():
                 # Weights, which a token would join, and which would be held as they were.
                 for layer in self.layers:
                     layer.join()
-            self._compiled_prefill.remember(self.layers, h)
+            self._compiled_prefill.remember(h)
+        if (first or compiles) and not known:
+            self._remembered.remember(self.layers)
         return self.norm(depends_on_counters(h, cache))
 
 

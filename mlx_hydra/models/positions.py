@@ -1,12 +1,9 @@
-"""What heads are told of a token's position: RoPE, and the scale of full attention."""
+"""RoPE: mlx-lm's modules for it, and what they do in the words of the kernels."""
 
-import functools
-import math
 from typing import Optional
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import ModelArgs
@@ -45,13 +42,3 @@ def rotation_of(rope: nn.Module, dim: int) -> Optional[Rotation]:
     # It is no parameter, which loading would evaluate, and no other thread could do so later.
     mx.eval(frequencies)
     return Rotation(frequencies, factor)
-
-
-@functools.lru_cache(maxsize=1)
-def log_scales(start: int, count: int, base: float) -> mx.array:
-    """HypeNet's ``log(t + base) / log(base)`` (2601.22156) from position ``start`` on.
-
-    float32 ``[count, 1]``, one array for all layers of a step.
-    """
-    scales = np.log(np.arange(start, start + count) + base) / math.log(base)
-    return mx.array(scales[:, None].astype(np.float32))

@@ -3,9 +3,9 @@
 import copy
 import operator
 import threading
-from collections.abc import Sequence
-from itertools import accumulate, groupby
-from typing import Optional
+from collections.abc import Callable, Sequence
+from itertools import accumulate, groupby, pairwise
+from typing import NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +16,35 @@ from .. import kernels
 _JOINING = threading.Lock()
 
 
+# Up to so many parts of an array MLX makes as one node of the graph, and more as a node each.
+MOST_PARTS = 10
+
+
+class _Group(NamedTuple):
+    """Neighbours that are one product, or a layer by itself."""
+
+    # All outputs without their biases, and with them.
+    bare: Callable[[mx.array], mx.array]
+    biased: Callable[[mx.array], mx.array]
+    # For each layer: its bias, if the bare product lacks it; where its outputs end, None for the
+    # end of all; and itself, its weights turned.
+    biases: Sequence[Optional[mx.array]]
+    ends: Sequence[Optional[int]]
+    each: Sequence[Callable[[mx.array], mx.array]]
+
+    def split(self, outputs: mx.array) -> list[mx.array]:
+        """Slices of the product, one a layer."""
+        # Behind the end of it all is nothing; MLX would make a slice of each part.
+        inner = [end for end in self.ends if end not in (None, outputs.shape[-1])]
+        if not inner:
+            return [outputs]
+        parts = mx.split(outputs, inner[: MOST_PARTS - 1], axis=-1)
+        if len(inner) >= MOST_PARTS:
+            more = [*inner[MOST_PARTS - 2 :], outputs.shape[-1]]
+            parts[-1:] = [outputs[..., start:end] for start, end in pairwise(more)]
+        return parts[: len(self.ends)]
+
+
 class SideBySide:
     """Runs linear layers of one input together, as each product costs a start, and small ones more.
 
@@ -23,7 +52,8 @@ class SideBySide:
     is held twice, and they remain the layers they were. Once a layer's weights have been assigned
     anew they are joined anew; a change in place, as by ``w *= 2``, is not noticed. What cannot be
     joined, such as LoRA layers, runs by itself, and so does all inside mx.compile or mx.grad where
-    the weights are arguments. A joined product has no gradient for the layers' own weights.
+    the weights are arguments. A joined product has no gradient for the layers' own weights. A layer
+    alone is a product of weights that have been turned, which it does for every call itself.
     """
 
     def __init__(self):
@@ -37,52 +67,66 @@ class SideBySide:
     def __call__(self, x: mx.array, layers: Sequence[nn.Module]) -> mx.array:
         """The layers' outputs for ``x [..., dim]``, one after the other on the last axis.
 
-        Up to seven zeros follow.
+        Without :meth:`biases`, and up to seven zeros follow.
         """
-        *products, (layer, _) = self._products(layers)
-        outputs = [layer(x)[..., : ends[-1]] for layer, ends in products] + [layer(x)]
+        *groups, last = self._groups(layers)
+        outputs = [group.bare(x)[..., : group.ends[-1]] for group in groups] + [last.bare(x)]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
 
     def apart(self, x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
         """The layers' outputs, each by itself: slices, where a product has several."""
-        outputs = []
-        for layer, ends in self._products(layers):
-            # To be asked for a product with a bias takes cuBLAS longer than a kernel for the sum.
-            biases = layer.biases if type(layer) is _Product and on_cuda() else []
-            output = x @ layer.turned if biases else layer(x)
-            # Behind the end of it all is nothing; MLX would make a slice of each part.
-            inner = [end for end in ends if end != output.shape[-1]] if len(ends) > 1 else []
-            parts = mx.split(output, inner, axis=-1)[: len(ends)] if inner else [output]
-            for i, bias in enumerate(biases):
-                if bias is not None:
-                    parts[i] = parts[i] + bias
-            outputs += parts
-        return outputs
+        if not on_cuda():
+            groups = self._groups(layers)
+            return [part for group in groups for part in group.split(group.biased(x))]
+        # To be asked for a product with a bias takes cuBLAS longer than a kernel for the sum.
+        pairs = zip(self.unbiased(x, layers), self.biases(layers))
+        return [part if bias is None else part + bias for part, bias in pairs]
+
+    def unbiased(
+        self, x: mx.array, layers: Sequence[nn.Module], leading: Sequence[int] = ()
+    ) -> list[mx.array]:
+        """The layers' outputs as :meth:`apart` gives them, without :meth:`biases`.
+
+        Args:
+            leading: the axes that the first one of x is made of, if several.
+        """
+        parts = []
+        for group in self._groups(layers):
+            output = group.bare(x)
+            parts += group.split(mx.unflatten(output, 0, leading) if leading else output)
+        return parts
+
+    def biases(self, layers: Sequence[nn.Module]) -> list[Optional[mx.array]]:
+        """For each layer the bias that has yet to be added to its outputs, or None."""
+        return [bias for group in self._groups(layers) for bias in group.biases]
+
+    def one_by_one(self, x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
+        """The layers' outputs, a product each, for what is slow to read slices of many rows."""
+        return [each(x) for group in self._groups(layers) for each in group.each]
 
     def join(self, layers: Sequence[nn.Module]) -> None:
         """Join layers now, before what is compiled holds their weights as they are."""
-        self._products(layers)
+        self._groups(layers)
 
-    def _products(self, layers):
-        """Pairs of a layer and where in its output those that it stands for end."""
-        known, products = self._known
+    def _groups(self, layers):
+        known, groups = self._known
         if _are(parts := _parts(layers), known):
-            return products
+            return groups
         with _JOINING:
-            known, products = self._known
+            known, groups = self._known
             if _are(parts := _parts(layers), known):
-                return products
+                return groups
             self.forget()
             if not _can_eval(parts):
-                return [(layer, [None]) for layer in layers]
-            products = []
+                return [_alone(layer) for layer in layers]
+            groups = []
             for kind, group in ((kind, list(group)) for kind, group in groupby(layers, _kind)):
                 if kind is None:
-                    products += [(layer, [None]) for layer in group]
+                    groups += [_alone(layer) for layer in group]
                 else:
-                    products.append((_join(group), _ends(group)))
-            self._known = _parts(layers), products
-        return products
+                    groups.append(_join(group))
+            self._known = _parts(layers), groups
+        return groups
 
 
 def on_cuda() -> bool:
@@ -90,7 +134,8 @@ def on_cuda() -> bool:
 
 
 def _parts(layers):
-    return [part for layer in layers for part in layer.values()]
+    # What stands in for a layer may be no module.
+    return [part for x in layers for part in (x.values() if isinstance(x, nn.Module) else [x])]
 
 
 def _are(parts, known):
@@ -125,50 +170,41 @@ def _kind(layer):
     return None if "bias" in layer and layer.bias.dtype != dtype else (*kind, dtype)
 
 
-def _ends(layers):
-    """Where the layers' outputs end, side by side."""
-    return list(accumulate(layer.weight.shape[0] for layer in layers))
-
-
 class _Product:
-    """Plain layers that are joined.
+    """Plain layers that are joined, or one.
 
     Their weights lie turned: a view, which a compiled step would make anew for each token.
     """
 
-    def __init__(
-        self, weight: mx.array, bias: Optional[mx.array], biases: Sequence[Optional[mx.array]]
-    ):
-        self.turned, self.bias, self.biases = weight.T, bias, biases
+    def __init__(self, weight: mx.array, bias: Optional[mx.array] = None):
+        self.turned, self.bias = weight.T, bias
         mx.eval(self.turned)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.bias is None:
-            return x @ self.turned
-        if x.size == x.shape[-1] and on_cuda():
-            # MLX has a product of a row of its own; and see SideBySide.apart.
-            return x @ self.turned + self.bias
-        return mx.addmm(self.bias, x, self.turned)
+        return x @ self.turned if self.bias is None else mx.addmm(self.bias, x, self.turned)
+
+
+def _alone(layer):
+    return _Group(layer, layer, [None], [None], [layer])
 
 
 def _join(layers):
-    if len(layers) == 1:
-        return layers[0]
     first, is_plain = layers[0], type(layers[0]) is nn.Linear
+    biases = [layer.get("bias") for layer in layers]
+    if len(layers) == 1:
+        if not is_plain:
+            return _alone(first)
+        biased = _Product(first.weight, *biases)
+        return _Group(_Product(first.weight), biased, biases, [None], [biased])
     sizes = [layer.weight.shape[0] for layer in layers]
-    ends = _ends(layers)
+    ends = list(accumulate(sizes))
     # cuBLAS leaves its fast products to rows of whole 16 bytes.
     padding = -ends[-1] % 8 if is_plain else 0
     joined = {}
-    biases = [layer["bias"] for layer in layers if "bias" in layer]
-    if biases:
-        joined["bias"] = mx.concatenate(
-            [
-                layer["bias"] if "bias" in layer else mx.zeros(size, biases[0].dtype)
-                for layer, size in zip(layers, sizes)
-            ]
-            + [mx.zeros(padding, biases[0].dtype)]
-        )
+    dtype = next((bias.dtype for bias in biases if bias is not None), None)
+    if dtype is not None:
+        parts = [mx.zeros(n, dtype) if b is None else b for b, n in zip(biases, sizes)]
+        joined["bias"] = mx.concatenate([*parts, mx.zeros(padding, dtype)])
         mx.eval(joined["bias"])
     for name in ("weight", "scales", "biases"):
         if name in first:
@@ -183,9 +219,11 @@ def _join(layers):
                 layer[name] = part
     mx.clear_cache()
     if is_plain:
-        own = [layer.get("bias") for layer in layers] if biases else []
-        return _Product(joined["weight"], joined.get("bias"), own)
-    product = copy.copy(first)
+        weight = joined["weight"]
+        each = [_Product(layer.weight, bias) for layer, bias in zip(layers, biases)]
+        return _Group(_Product(weight), _Product(weight, joined.get("bias")), biases, ends, each)
+    bare, biased = copy.copy(first), copy.copy(first)
     for name, array in joined.items():
-        product[name] = array
-    return product
+        bare[name] = biased[name] = array
+    bare.pop("bias", None)
+    return _Group(bare, biased, biases, ends, layers)

@@ -21,7 +21,7 @@ HEADS_PER_GROUP = 8
 
 FORWARD = kernels.Kernel(
     "fuse_heads",
-    ("o", "gate", "o_2", "gate_2", "gamma", "eps"),
+    ("o", "gate", "bias", "o_2", "gate_2", "bias_2", "gamma", "eps"),
     ("out",),
     ("heads.h", "keys_values.h", "channels.h", "fuse_heads.h"),
 )
@@ -40,6 +40,7 @@ class HeadOutputs(NamedTuple):
     gate: Optional[mx.array]
     eps: Optional[float]
     activation: Optional[str]
+    gate_bias: Optional[mx.array] = None
 
 
 def fuse_heads(
@@ -49,6 +50,7 @@ def fuse_heads(
     *,
     eps: Optional[float],
     activation: Optional[str] = None,
+    gate_bias: Optional[mx.array] = None,
     backend: str = "auto",
 ) -> mx.array:
     """Bring head outputs to one scale and lay them side by side for o_proj.
@@ -60,25 +62,28 @@ def fuse_heads(
         eps: added to the mean square in the RMSNorm of each head; None for no norm.
         activation: what the gate still has to go through, ``"sigmoid"`` or ``"silu"``; None where
             it has been through it.
+        gate_bias: ``[H * D]``, added to the gate before its activation; None for no bias. In the
+            kernel the sum is float32, else of the dtype of ``gate + gate_bias``.
         backend: ``"auto"``, ``"ops"``, or ``"metal"`` or ``"cuda"``: one kernel forward and one
-            back, for o and gate in float32, float16 or bfloat16, a float32 gamma, D up to 512 and
-            8 elements of o or more.
+            back, for o and gate in float32, float16 or bfloat16, a bias of the gate's dtype, a
+            float32 gamma, D up to 512 and 8 elements of o and of a bias or more.
 
     Returns:
         ``gamma_h * gate_h * RMSNorm(o_h)`` as ``[B, T, H * D]`` in o's dtype.
 
     Raises:
-        ValueError: shapes that do not fit together, an unknown activation, or a backend that is
-            not there.
+        ValueError: shapes that do not fit together, a bias without a gate, an unknown activation,
+            or a backend that is not there.
     """
-    return fuse_kinds([HeadOutputs(o, gate, eps, activation)], gamma, backend=backend)
+    kind = HeadOutputs(o, gate, eps, activation, gate_bias)
+    return fuse_kinds([kind], gamma, backend=backend)
 
 
 def fuse_kinds(kinds: Sequence[HeadOutputs], gamma: mx.array, *, backend: str = "auto") -> mx.array:
     """Fuse the heads of one kind or two, which differ in norm and gate; see :func:`fuse_heads`.
 
     Args:
-        kinds: one or two, of one dtype and head size; their gates of one dtype.
+        kinds: one or two, of one dtype and head size; their gates and biases of one dtype.
         gamma: float32, of all heads in their order.
         backend: as in :func:`fuse_heads`; the kernel writes both kinds where o_proj reads.
 
@@ -93,10 +98,14 @@ def fuse_kinds(kinds: Sequence[HeadOutputs], gamma: mx.array, *, backend: str = 
         )
     if gamma.shape != (sum(sizes),):
         raise ValueError(f"fuse_heads: gamma has shape {gamma.shape}, expected {(sum(sizes),)}.")
-    for o, gate, _, activation in kinds:
+    for o, gate, _, activation, bias in kinds:
         B, T, H, D = o.shape
         if gate is not None and gate.shape != (B, T, H * D):
             raise ValueError(f"fuse_heads: gate has shape {gate.shape}, expected {(B, T, H * D)}.")
+        if bias is not None and gate is None:
+            raise ValueError("fuse_heads: gate_bias without a gate.")
+        if bias is not None and bias.shape != (H * D,):
+            raise ValueError(f"fuse_heads: gate_bias has shape {bias.shape}, expected {(H * D,)}.")
         if activation not in GATE_KINDS:
             raise ValueError(
                 f"fuse_heads: activation={activation!r}, expected one of {', '.join(ACTIVATIONS)}."
@@ -112,11 +121,13 @@ def fuse_kinds(kinds: Sequence[HeadOutputs], gamma: mx.array, *, backend: str = 
 
 
 def _by_ops(kind, gamma):
-    o, gate, eps, activation = kind
+    o, gate, eps, activation, bias = kind
     dtype = o.dtype
     if eps is not None:
         o = mx.fast.rms_norm(o, None, eps)
     o = (gamma[:, None] * o).flatten(2)
+    if bias is not None:
+        gate = gate + bias
     if gate is not None:
         o = o * (gate if activation is None else ACTIVATIONS[activation](gate))
     return o.astype(dtype)
@@ -124,19 +135,25 @@ def _by_ops(kind, gamma):
 
 def _supported(kinds, gamma):
     gpu = kernels.gpu_backend()
-    gates = [kind.gate.dtype for kind in kinds if kind.gate is not None]
+    biases = _given(kinds, "gate_bias")
+    # The kernel knows one type of gates and biases.
+    dtypes = {x.dtype for x in (*_given(kinds, "gate"), *biases)}
     fits = (
         gpu is not None
         # Metal passes smaller arrays in another address space.
-        and all(kind.o.size >= 8 for kind in kinds)
+        and all(x.size >= 8 for x in (*(kind.o for kind in kinds), *biases))
         and len({(kind.o.dtype, kind.o.shape[-1]) for kind in kinds}) == 1
         and kinds[0].o.shape[-1] <= MOST_HEAD_DIM
         and kinds[0].o.dtype in DTYPES
         and gamma.dtype == mx.float32
-        and len(set(gates)) < 2
-        and all(dtype in DTYPES for dtype in gates)
+        and len(dtypes) < 2
+        and dtypes <= {*DTYPES}
     )
     return (gpu, "ops") if fits else ("ops",)
+
+
+def _given(kinds, name):
+    return [x for kind in kinds if (x := getattr(kind, name)) is not None]
 
 
 def _gate_kind(kind):
@@ -164,22 +181,25 @@ def _by_kernel(kinds, gamma, backend):
             H, D = kind.o.shape[2:]
             stop = start + H
             given = cotangent[..., start * D : stop * D]
-            d_o, d_gate, part = _backward(kind, gamma[start:stop], given, backend)
-            gradients += [d_o] if kind.gate is None else [d_o, d_gate]
+            of_kind, part = _backward(kind, gamma[start:stop], given, backend)
+            gradients += of_kind
             d_gamma.append(part)
             start = stop
         return mx.concatenate(d_gamma), *gradients
 
-    return fuse(mx.contiguous(gamma), *(x for kind in kinds for x in kind[:2] if x is not None))
+    arrays = (getattr(kind, name) for kind in kinds for name in _arrays_of(kind))
+    return fuse(gamma, *arrays)
+
+
+def _arrays_of(kind):
+    """The names of its arrays, of which there may be gradients, in order and without None."""
+    return [name for name in ("o", "gate", "gate_bias") if getattr(kind, name) is not None]
 
 
 def _with_arrays(kinds, arrays):
-    """The same kinds of heads with other arrays, in order and without gates that are None."""
+    """The same kinds of heads with other arrays, those of :func:`_arrays_of` each."""
     arrays = iter(arrays)
-    return [
-        kind._replace(o=next(arrays), gate=None if kind.gate is None else next(arrays))
-        for kind in kinds
-    ]
+    return [kind._replace(**{name: next(arrays) for name in _arrays_of(kind)}) for kind in kinds]
 
 
 def _forward(kinds, gamma, backend):
@@ -188,11 +208,12 @@ def _forward(kinds, gamma, backend):
     more = 0 if second is None else second.o.shape[2]
     # A kernel has all its inputs always; what stands for others is not read.
     other = HeadOutputs(first.o, None, None, None) if second is None else second
-    gates = [kind.gate for kind in kinds if kind.gate is not None] or [first.o]
+    gates = _given(kinds, "gate") or [first.o]
+    biases = _given(kinds, "gate_bias") or gates
     (out,) = FORWARD(
         backend,
         [
-            *(first.o, gates[0], other.o, gates[-1], gamma),
+            *(first.o, gates[0], biases[0], other.o, gates[-1], biases[-1], gamma),
             kernels.constant((first.eps or 0.0, other.eps or 0.0), mx.float32),
         ],
         output_shapes=[(B, T, (H + more) * D)],
@@ -204,6 +225,8 @@ def _forward(kinds, gamma, backend):
                 *(("X", first.o.dtype), ("G", gates[0].dtype), ("H", H), ("H_2", more), ("D", D)),
                 *(("NORM", first.eps is not None), ("NORM_2", other.eps is not None)),
                 *(("KIND", _gate_kind(first)), ("KIND_2", _gate_kind(other))),
+                ("BIAS", first.gate_bias is not None),
+                ("BIAS_2", other.gate_bias is not None),
             ],
         ),
     )
@@ -211,13 +234,16 @@ def _forward(kinds, gamma, backend):
 
 
 def _backward(kind, gamma, cotangent, backend):
-    o, gate, eps, _ = kind
+    """The gradients of :func:`_arrays_of` a kind, and that of its part of gamma."""
+    o, gate, eps, _, bias = kind
     B, T, H, D = o.shape
+    if bias is not None:
+        gate = gate + bias
     of_gate = gamma if gate is None else gate
     d_o, d_gate, d_gamma = VJP(
         backend,
         [
-            *(o, gamma, of_gate),
+            *(o, mx.contiguous(gamma), of_gate),
             kernels.constant((eps or 0.0,), mx.float32),
             cotangent,
         ],
@@ -231,4 +257,7 @@ def _backward(kind, gamma, cotangent, backend):
             ],
         ),
     )
-    return d_o, d_gate, d_gamma.sum((0, 1))
+    gradients = [d_o] if gate is None else [d_o, d_gate]
+    if bias is not None:
+        gradients.append(d_gate.astype(mx.float32).sum((0, 1)).astype(bias.dtype))
+    return gradients, d_gamma.sum((0, 1))

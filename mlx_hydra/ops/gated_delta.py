@@ -30,15 +30,18 @@ _SEGMENT = 256
 
 _HEADERS = ("tile.h", "gated_delta.h")
 _PREPARE = kernels.Kernel(
-    "gated_delta_prepare", ("q", "k", "g", "beta", "mask"), ("prepared",), _HEADERS
+    "gated_delta_prepare", ("q", "k", "g", "beta", "mask"), ("prepared",), _HEADERS, contiguous=True
 )
 _CHUNK = kernels.Kernel(
     "gated_delta_chunk",
     ("q", "k", "v", "mask", "state", "prepared"),
     ("y", "new_state", "checkpoints"),
     _HEADERS,
+    contiguous=True,
 )
-_STARTS = kernels.Kernel("gated_delta_starts", ("state", "ends"), ("starts",), _HEADERS)
+_STARTS = kernels.Kernel(
+    "gated_delta_starts", ("state", "ends"), ("starts",), _HEADERS, contiguous=True
+)
 
 
 def gated_delta(
@@ -126,10 +129,9 @@ def gated_delta_kernels(
     """
     B, T, H, Dk = q.shape
     Dv = v.shape[-1]
-    q, k, g, beta, state = map(mx.contiguous, (q, k, g, beta, state))
     # No kernel reads a mask that it is not told of.
     masked = mask is not None
-    mask = mx.contiguous(mask) if masked else g
+    mask = mask if masked else g
     chunks, blocks = -(-T // _TILE), -(-T // CHUNK)
     [prepared] = _PREPARE(
         backend,

@@ -27,7 +27,7 @@ _KERNEL = kernels.Kernel(
         *("lengths", "q_norm", "k_norm", "frequencies", "offset", "A_log", "dt_bias", "constants"),
     ),
     ("q", "k", "v", "g", "beta", "new_past"),
-    ("heads.h", "keys_values.h", "channels.h", "gated_delta_step.h", "gated_delta_inputs.h"),
+    ("heads.h", "keys_values.h", "channels.h", "gated_delta_step.h", "tokens.h"),
 )
 
 

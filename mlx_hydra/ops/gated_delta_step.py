@@ -23,10 +23,12 @@ KERNEL = kernels.Kernel(
     "gated_delta_step",
     (
         *("projected", "q_conv", "k_conv", "v_conv", "past", "q_norm", "k_norm", "frequencies"),
-        *("offset", "mask", "A_log", "dt_bias", "state", "full", "gamma", "constants"),
+        *("offset", "mask", "A_log", "dt_bias", "state", "full", "bias", "full_bias", "gamma"),
+        "constants",
     ),
     ("out", "new_state", "new_past"),
     ("heads.h", "gated_delta_step.h"),
+    contiguous=True,
 )
 
 
@@ -82,8 +84,10 @@ def gated_delta_step(
     rotation: Optional[Rotation] = None,
     eps: Optional[float],
     first: int = 0,
+    gate_bias: Optional[mx.array] = None,
     full: Optional[mx.array] = None,
     full_gate: Optional[int] = None,
+    full_gate_bias: Optional[mx.array] = None,
     full_eps: Optional[float] = None,
     backend: str,
 ) -> tuple[mx.array, mx.array, Optional[mx.array]]:
@@ -94,9 +98,9 @@ def gated_delta_step(
     float32 throughout. It has no gradient.
 
     Args:
-        projected: projections of x side by side ``[B, T, N]``, row-contiguous. From channel
-            ``first`` on the linear heads' q, k, v, gate before its SiLU if they have one
-            (``H * D`` each), a and b (``H`` each), and less than ``H * D`` others.
+        projected: projections of x side by side ``[B, T, N]``, or ``[B, N]`` of one token of each
+            sequence. From channel ``first`` on the linear heads' q, k, v, gate before its SiLU if
+            they have one (``H * D`` each), a and b (``H`` each), and less than ``H * D`` others.
         weights: of the linear heads.
         gamma: float32 ``[F + H]``, full heads first.
         state: float32 ``[B, H, D, D]``; zeros where it is None.
@@ -107,15 +111,17 @@ def gated_delta_step(
             leaves the state as it was, and yields zeros.
         rotation: None for no RoPE.
         eps, full_eps: of the norm of the linear and of the full heads' outputs; None for no norm.
+        gate_bias, full_gate_bias: what has yet to be added to the gates, ``[H * D]`` and
+            ``[F * D]``; None for nothing.
         full: outputs of the layer's full heads ``[B, T, F, D]``, where it has any.
         full_gate: the channel of ``projected`` where their gates start, before the sigmoid.
         backend: ``"metal"`` or ``"cuda"``, as :func:`step_backend` says.
 
     Returns:
-        ``[B, T, (F + H) * D]`` in the dtype of ``projected``, the new state, and the new past
-        (None without a convolution).
+        ``[B, T, (F + H) * D]``, or ``[B, (F + H) * D]``, in the dtype of ``projected``, the new
+        state, and the new past (None without a convolution).
     """
-    B, T, N = projected.shape
+    B, *_, N = projected.shape
     (H,), (D,) = weights.A_log.shape, weights.q_norm.shape
     F = 0 if full is None else full.shape[2]
     taps = 0 if weights.convolution is None else weights.convolution[0].shape[1]
@@ -129,15 +135,18 @@ def gated_delta_step(
 
     # A kernel has all its inputs always; others stand for those that it does not read.
     convolution = weights.convolution or (projected,) * 3
-    past = mx.contiguous(past) if taps else projected
+    past = past if taps else projected
     frequencies, scale = (weights.A_log, 1.0) if rotation is None else rotation
+    biases = gate_bias, full_gate_bias
     threads = min(MOST_THREADS[backend], 8 * D)
     out, state, past = KERNEL(
         backend,
         [
             *(projected, *convolution, past, weights.q_norm, weights.k_norm, frequencies),
             *(offset, offset if mask is None else mask, weights.A_log, weights.dt_bias),
-            *(mx.contiguous(state), state if full is None else full, gamma),
+            *(state, state if full is None else full),
+            *(projected if b is None else b.astype(projected.dtype) for b in biases),
+            gamma,
             kernels.constant((weights.norm_eps, scale, eps or 0.0, full_eps or 0.0), mx.float32),
         ],
         template=[
@@ -147,12 +156,13 @@ def gated_delta_step(
             *(("FULL_GATE_AT", N if full_gate is None else full_gate),),
             *(("ROPE", rotation is not None), ("MASKED", mask is not None)),
             *(("NORM", eps is not None), ("FULL_NORM", full_eps is not None)),
+            *(("BIAS", gate_bias is not None), ("FULL_BIAS", full_gate_bias is not None)),
             ("THREADS", threads),
         ],
         groups=(F + H, B, 1),
         threads=(threads, 1, 1),
         output_shapes=[
-            (B, T, (F + H) * D),
+            (*projected.shape[:-1], (F + H) * D),
             (B, H, D, D),
             (B, taps - 1, 3 * H * D) if taps else (1,),
         ],

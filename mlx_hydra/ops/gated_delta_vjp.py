@@ -16,24 +16,28 @@ _PREPARE = kernels.Kernel(
     ("q", "k", "g", "beta", "mask"),
     ("gates", "inverse", "scores", "wk", "wq"),
     _HEADERS,
+    contiguous=True,
 )
 _STATE = kernels.Kernel(
     "gated_delta_vjp_state",
     ("k", "dy", "dstate", "gates", "wk", "wq"),
     ("dstates", "dstate0"),
     _HEADERS,
+    contiguous=True,
 )
 _UPDATES = kernels.Kernel(
     "gated_delta_vjp_updates",
     ("k", "v", "dy", "checkpoints", "dstates", "gates", "inverse", "scores"),
     ("u", "x", "dv"),
     _HEADERS,
+    contiguous=True,
 )
 _GRADIENTS = kernels.Kernel(
     "gated_delta_vjp",
     ("q", "k", "v", "dy", "checkpoints", "dstates", "gates", "scores", "u", "x"),
     ("dq", "dk", "dg", "dbeta"),
     _HEADERS,
+    contiguous=True,
 )
 
 
@@ -80,12 +84,9 @@ def gated_delta_vjp(
     Dv = v.shape[-1]
     N = -(-T // CHUNK)
     dtype = q.dtype
-    q, k, v, g, beta, checkpoints, dy, dstate = map(
-        mx.contiguous, (q, k, v, g, beta, checkpoints, dy, dstate)
-    )
     # No kernel reads a mask that it is not told of.
     masked = mask is not None
-    mask = mx.contiguous(mask) if masked else g
+    mask = mask if masked else g
     sizes = [("T", dtype), ("Dk", Dk), ("Dv", Dv)]
 
     gates, inverse, scores, wk, wq = _PREPARE(

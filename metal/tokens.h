@@ -1,4 +1,4 @@
-// Reads and sums of gated_delta_inputs.
+// What the kernels that take a head through several tokens share: reads, sums and turns.
 
 // A lane's RUNS runs of M channels, `run` elements apart, of ROWS tokens, of which those from
 // `rows` on are the last one again.
