@@ -36,9 +36,8 @@ from .compiled_step import CompiledStep, KVBuffers, Remembered, runs_on_gpu
 from .positions import rope_for, rotation_of
 from .side_by_side import SideBySide, is_inside_transformation
 
-# Tokens whose layers keep a GPU busy for longer than Python takes to build the next; and every
-# how many layers the GPU is told to begin, which costs the host as much as a tenth of a layer.
-PREFILL, LAYERS_AT_ONCE = 256, 2
+# Tokens whose layers keep a GPU busy for longer than Python takes to build the next.
+PREFILL = 256
 
 
 def may_quantize(path: str) -> bool:
@@ -505,7 +504,7 @@ class HydraHeadModel(nn.Module):
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
             # Not the last: of most steps of a prefill its output is not asked for.
-            if prefills and i % LAYERS_AT_ONCE == 0 and layer is not self.layers[-1]:
+            if prefills and layer is not self.layers[-1]:
                 begin(h)
         first = prefills and of_ours and run is None and not self.training
         if first:
