@@ -24,6 +24,7 @@ from mlx_hydra.models.positions import rotation_of
 from mlx_hydra.ops import fuse_heads, gated_delta, head_attention
 from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
 from mlx_hydra.ops.gated_delta_step import Weights
+from mlx_hydra.ops.head_attention_inputs import head_attention_inputs
 
 # Bytes a second, and products (multiply and add) a second in bfloat16: the makers' figures.
 DEVICES = {
@@ -184,6 +185,21 @@ def cases(backend):
         peers = {n: (form(b), given) for n, b in (("ours", backend), ("ops", "ops"))}
         shape = f"T={T} H={H} D={D}"
         yield f"gated_delta_inputs{name}", shape, passes * moved, passes * products, peers
+
+    Hf, Hk = 2, 1
+    args = [mx.random.normal((1, T, n * D)).astype(mx.bfloat16) for n in (Hf, Hk, Hk)]
+    args += [mx.ones(D, mx.bfloat16)] * 2
+    mx.eval(args)
+
+    def laid_out(backend):
+        return lambda *a: head_attention_inputs(
+            *a, eps=1e-6, offset=4096, log_scale_base=1000.0, backend=backend
+        )
+
+    moved, products = 2 * T * (Hf + 2 * Hk) * D * 2, 3 * T * (Hf + Hk) * D
+    peers = {n: (laid_out(b), args) for n, b in (("ours", backend), ("ops", "ops"))}
+    shape = f"T={T} heads={Hf} KV heads={Hk} D={D}"
+    yield "head_attention_inputs", shape, moved, products, peers
 
     S, D = 131072, 128
     for Hf, Hk in ((2, 1), (16, 8)):
