@@ -25,9 +25,10 @@
 //   new_state       as state
 //   new_past        as past; [1] and zero if TAPS is 0
 //
-// Template: X the type of projected, biases and out; P, W those of past and of the convolution's weights;
-// H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no gate: MLX's CUDA names
-// kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM; THREADS.
+// Template: X the type of projected, biases and out; P, W those of past and of the convolution's
+// weights; H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no gate: MLX's
+// CUDA names kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM;
+// THREADS.
 // Grid: (F + H, B) threadgroups of THREADS, a power of two from 32 to 8 D. Eight threads share a row
 // of the state, which is read and written once, and stays in registers; a thread has no more than 32
 // numbers of it at a time, and what does not fit follows in further turns.

@@ -1,6 +1,7 @@
 """Compiled steps of a prefill are ordinary ones. Plain operations stand in for the kernels."""
 
 import gc
+import pickle
 import weakref
 
 import mlx.core as mx
@@ -249,6 +250,120 @@ def test_old_weights_are_let_go_by_any_call(compiled, call):
     mx.eval(model(tokens[:, :size], cache=cache))
     gc.collect()
     assert not any(ref() for ref in held)
+
+
+def joined(model):
+    blocks = model.layers
+    attentions = [layer.self_attn for layer in blocks]
+    return [
+        *(x for block in blocks for x in (block._side_by_side, block._down)),
+        *(attention._out for attention in attentions),
+        *(attention.side_by_side for attention in attentions if "linear" in attention),
+    ]
+
+
+def test_a_prefill_is_step_enough_for_the_first_token(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(2 * T + 2)
+    expected, inner = whole(model, tokens), model.model
+    cache = make_prompt_cache(model)
+    found = [read(model, tokens[:, :T], cache, (T,))]
+    # All has been joined before anything is compiled that holds the weights as they are.
+    assert all(products._known[0] for products in joined(model))
+    assert inner._remembered.remembers(model.layers)
+    found.append(read(model, tokens[:, T : T + 1], cache, (1,)))
+    assert len(inner._compiled_step._traced) == 1
+    assert inner._remembered.remembers(model.layers)
+    found.append(read(model, tokens[:, T + 1 :], cache, (T, 1)))
+    assert len(compiled) == 2
+    assert tiny.distance(mx.concatenate(found, axis=1), expected) < 1e-4
+
+
+def test_nothing_is_joined_or_remembered_in_training(compiled):
+    model, tokens = tiny.model(**SIZES).train(), tiny.tokens(2 * T)
+    read(model, tokens, make_prompt_cache(model), (T, T))
+    assert model.model._remembered.is_empty
+    assert not model.model._compiled_prefill._seen
+    assert not any(products._known[0] for products in joined(model))
+    # What has been remembered is forgotten.
+    model.eval()
+    read(model, tokens, make_prompt_cache(model), (T, T))
+    assert compiled
+    model.train()
+    read(model, tokens, make_prompt_cache(model), (T, T))
+    assert model.model._remembered.is_empty
+    assert not any(products._known[0] for products in joined(model))
+    # What has been joined, too, by steps that nothing remembers.
+    for layer in model.layers:
+        layer.join()
+    model(tokens)
+    assert not any(products._known[0] for products in joined(model))
+
+
+def test_what_has_been_forgotten_is_run_ordinarily(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(3 * T)
+    read(model, tokens, make_prompt_cache(model), (T, T))
+    count = len(compiled)
+    model.model._remembered.forget()
+    read(model, tokens, make_prompt_cache(model), (T,))
+    assert len(compiled) == count
+
+
+def test_a_key_more_is_noticed(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(T)
+    read(model, tokens, make_prompt_cache(model), (T,))
+    remembered = model.model._remembered
+    assert remembered.remembers(model.layers)
+    remembered._known[1][-1]["more"] = 1
+    assert not remembered.remembers(model.layers)
+
+
+@pytest.mark.parametrize("dtypes", [1, 2])
+def test_layers_are_split_each_its_way(compiled, monkeypatch, dtypes):
+    heads = [[0], [0, 1], [0, 1]]
+    model, tokens = tiny.model(**SIZES, full_attention_heads=heads).eval(), tiny.tokens(2 * T)
+    make, last, asked = hydrahead.FullAttention.heads, model.layers[2].self_attn.full, []
+
+    def heads_of(self, *arguments):
+        found = make(self, *arguments)
+        return [x.astype(mx.bfloat16) for x in found] if self is last and dtypes == 2 else found
+
+    def splits(q, k, v, kv_index, offset):
+        asked.append((q.shape, k.shape, kv_index, q.dtype))
+
+    monkeypatch.setattr(hydrahead.FullAttention, "heads", heads_of)
+    monkeypatch.setattr(compiled_prefill, "prefill_splits", splits)
+    read(model, tokens, make_prompt_cache(model), (T, T))
+    assert len(asked) == len(set(asked)) == 1 + dtypes
+
+
+def test_an_mlp_of_ones_own_is_called(compiled):
+    class Louder(hydrahead.MLP):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(3 * T + 2)
+    model.layers[1].mlp.__class__ = Louder
+    expected = whole(model, tokens)
+    found = read(model, tokens, make_prompt_cache(model), (T, T, T, 1, 1))
+    assert tiny.distance(found, expected) < 1e-4
+    assert compiled
+
+
+def test_a_copy_of_a_model_holds_no_products(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(2 * T + 2)
+    size = len(pickle.dumps(model))
+    expected = read(model, tokens, make_prompt_cache(model), (T, T, 1, 1))
+    after = pickle.dumps(model)
+    assert len(after) < 1.01 * size
+    found = read(pickle.loads(after), tokens, make_prompt_cache(model), (T, T, 1, 1))
+    assert tiny.distance(found, expected) < 1e-4
+
+
+def test_a_bias_that_would_be_lost_is_named(compiled):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(2 * T)
+    model.layers[1].self_attn.linear.q_proj.bias = mx.ones(SIZES["head_dim"])
+    with pytest.raises(ValueError, match="only g_proj may have a bias"):
+        read(model, tokens, make_prompt_cache(model), (T, T))
 
 
 def test_embeddings_have_gradients_every_time(compiled):

@@ -115,6 +115,25 @@ def compiled_ops(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_norms_may_be_of_another_type(compiled, changes, monkeypatch):
+    def attend(q, k, v, *arguments, **others):
+        assert q.dtype == k.dtype == v.dtype == mx.bfloat16
+        return attention(q, k, v, *arguments, **others).astype(q.dtype)
+
+    monkeypatch.setattr(hydrahead, "head_attention", attend)
+    model, tokens = tiny.model(**SIZES, **changes), tiny.tokens(4)
+    for layer in model.layers:
+        layer.set_dtype(mx.bfloat16, lambda dtype: dtype == mx.float32)
+        for heads in (layer.self_attn.get("full"), layer.self_attn.get("linear")):
+            if heads is not None:
+                heads.q_norm.set_dtype(mx.float32)
+                heads.k_norm.set_dtype(mx.float32)
+    model.model.embed_tokens.set_dtype(mx.bfloat16)
+    read(model, tokens, begun(model))
+    assert compiled
+
+
 def weights_of(model):
     return tree_flatten(model.parameters())
 

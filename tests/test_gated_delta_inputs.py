@@ -267,9 +267,13 @@ def test_what_the_kernel_does_not_take_runs_on_ops(kernel_backend):
     backends(taps=9)
     backends(taps=1)
     projections, others = inputs(BASE)
-    rope = rope_of(others.pop("rotation"))
-    with pytest.raises(ValueError, match="ops only"):
-        gated_delta_inputs(*projections, **others, rope=rope, backend=kernel_backend)
+    rotation = others.pop("rotation")
+    rope = rope_of(rotation)
+    for known in (None, Rotation(rotation.frequencies[:4])):
+        with pytest.raises(ValueError, match="ops only"):
+            gated_delta_inputs(
+                *projections, **others, rope=rope, rotation=known, backend=kernel_backend
+            )
     projections[1] = projections[1].astype(mx.float16)
     with pytest.raises(ValueError, match="ops only"):
         gated_delta_inputs(*projections, **others, backend=kernel_backend)

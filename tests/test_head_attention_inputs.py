@@ -331,7 +331,14 @@ def test_so_do_mixed_types_and_unknown_rotations(kernel_backend):
         with pytest.raises(ValueError, match="ops only"):
             run(changed, arguments, kernel_backend)
         assert [x.dtype for x in run(changed, arguments, "auto")] == [changed[0].dtype] * 3
-    for changes in ({"offset": mx.array([17], mx.int64)}, {"rotation": None}):
+    part = Rotation(arguments["rotation"].frequencies[:8])
+    for changes in (
+        {"offset": mx.array([17], mx.int64)},
+        {"offset": 2**31 - 20},
+        {"offset": -(2**31) - 1},
+        {"rotation": None},
+        {"rotation": part},
+    ):
         with pytest.raises(ValueError, match="ops only"):
             head_attention_inputs(
                 *arrays,

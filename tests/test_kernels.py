@@ -1,3 +1,4 @@
+import importlib
 import re
 import sys
 from pathlib import Path
@@ -193,6 +194,28 @@ def test_every_kernel_says_what_it_is_before_it_begins():
         assert head is not None, file
         for word in ("Grid", "threadgroup"):
             assert word.lower() in head[0].lower(), f"{file.name} does not tell its {word}"
+
+
+def test_no_kernel_has_more_buffers_than_metal_binds():
+    found = [
+        value
+        for name in sorted((Path(kernels.__file__).parent / "ops").glob("*.py"))
+        for value in vars(importlib.import_module(f"mlx_hydra.ops.{name.stem}")).values()
+        if isinstance(value, kernels.Kernel)
+    ]
+    assert {f"{kernel.name}.metal" for kernel in found} == {
+        path.name for path in kernels.folder().glob("*.metal")
+    }
+    for kernel in found:
+        body = kernels.read_text(f"{kernel.name}.metal")
+        # MLX passes what the text of the body names; of contiguous inputs as of others.
+        told = [
+            f"{name}_{what}"
+            for name in kernel.inputs
+            for what in ("shape", "strides", "ndim")
+            if f"{name}_{what}" in body
+        ]
+        assert len(kernel.inputs) + len(kernel.outputs) + len(told) <= 31, (kernel.name, told)
 
 
 def test_member_functions_say_where_their_object_lies():

@@ -35,11 +35,15 @@ class CompiledPrefill:
         self._traced: dict[tuple, list] = {}
         self._seen: set[tuple] = set()
 
-    def remember(self, h: mx.array) -> None:
-        """Take what an ordinary step has run for what is compiled in the next of its length."""
+    def remember(self, key: tuple) -> None:
+        """Take what an ordinary step has run for what is compiled in the next of its kind.
+
+        Args:
+            key: what :func:`key_of` tells of the state that the step begins with.
+        """
         if len(self._seen) >= SHAPES:
             self._seen.clear()
-        self._seen.add(key_of(h))
+        self._seen.add(key)
 
     def runner(
         self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any], offset: Any
@@ -81,7 +85,7 @@ class CompiledPrefill:
                 attention, (q, k, v, *gate) = layer.self_attn.full, of_full
                 k, v = append(full_part(c), k, v)
                 if isinstance(k, mx.array):
-                    call = q.shape, k.shape, attention.kv_index
+                    call = q.shape, k.shape, attention.kv_index, q.dtype, k.dtype, v.dtype
                     if call not in split:
                         split[call] = prefill_splits(q, k, v, attention.kv_index, offset)
                     splits = split[call]
@@ -97,6 +101,7 @@ class CompiledPrefill:
 
 
 def key_of(h: mx.array) -> tuple:
+    """What steps have in common for which the same functions are compiled."""
     return h.shape, h.dtype, str(mx.default_stream(mx.default_device()))
 
 

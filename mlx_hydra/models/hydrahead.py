@@ -31,7 +31,7 @@ from .cache import (
     make_cache,
     padding_mask,
 )
-from .compiled_prefill import CompiledPrefill
+from .compiled_prefill import CompiledPrefill, key_of
 from .compiled_step import CompiledStep, KVBuffers, Remembered, runs_on_gpu
 from .positions import rope_for, rotation_of
 from .side_by_side import SideBySide, is_inside_transformation
@@ -131,12 +131,13 @@ class FullAttention(nn.Module):
                 rotation=self._rotation,
             )
             return [q, k, v, *gate]
+        dtype = q.dtype
         q = self.q_norm(of_a_token(q, self.n_heads))
         k = self.k_norm(of_a_token(k, self.n_kv_heads))
         v = of_a_token(v, self.n_kv_heads)
         if rope is not None:
             q, k = rope(q, offset=where), rope(k, offset=where)
-        return [q, k, v, *gate]
+        return [*(x.astype(dtype) for x in (q, k, v)), *gate]
 
     def attend(self, q, k, v, mask, cache, *, scale, offset=None) -> mx.array:
         """Attend to all keys and values of a cache; ``[B, T, H, D]``."""
@@ -358,18 +359,17 @@ class Attention(nn.Module):
         return self.fused(kinds).astype(x.dtype)
 
     def full_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:
-        return HeadOutputs(o, gate, self.full_eps, "sigmoid", gate_bias)
+        return HeadOutputs(o, gate, self.full_eps, "sigmoid", _like(gate_bias, gate))
 
     def linear_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:
-        return HeadOutputs(o, gate, self.linear_eps, "silu", gate_bias)
+        return HeadOutputs(o, gate, self.linear_eps, "silu", _like(gate_bias, gate))
 
     def gate_biases(self) -> tuple[Optional[mx.array], Optional[mx.array]]:
-        """Of the full and the linear heads: what has yet to be added to joined projections.
-
-        No other projection has a bias.
-        """
+        """Of the full and the linear heads: what has yet to be added to joined projections."""
         pairs = list(zip(self.projections, self.side_by_side.biases(self.projections)))
         gates = [self[kind].get("g_proj") if kind in self else None for kind in ("full", "linear")]
+        if any(b is not None and all(layer is not gate for gate in gates) for layer, b in pairs):
+            raise ValueError("HydraHead attention: of its projections only g_proj may have a bias.")
         return tuple(next((b for layer, b in pairs if layer is gate), None) for gate in gates)
 
     def join(self) -> None:
@@ -419,6 +419,10 @@ class Attention(nn.Module):
         )
 
 
+def _like(bias, gate):
+    return None if bias is None else bias.astype(gate.dtype)
+
+
 class TransformerBlock(nn.Module):
     def __init__(self, args: ModelArgs, layer: int):
         super().__init__()
@@ -439,14 +443,17 @@ class TransformerBlock(nn.Module):
         Its first two products together, as for a token, or one by one.
         """
         mlp, products = self.mlp, self._side_by_side
+        if type(mlp) is not MLP:
+            return mlp(x)
         run = products.apart if together else products.one_by_one
         gate, up = run(x, [mlp.gate_proj, mlp.up_proj])
         return self._down.apart(swiglu(gate, up), [mlp.down_proj])[0]
 
     def join(self) -> None:
         """Have the products that stand for several layers, as a first token would."""
-        self._side_by_side.join([self.mlp.gate_proj, self.mlp.up_proj])
-        self._down.join([self.mlp.down_proj])
+        if type(self.mlp) is MLP:
+            self._side_by_side.join([self.mlp.gate_proj, self.mlp.up_proj])
+            self._down.join([self.mlp.down_proj])
         self.self_attn.join()
 
     def forget(self) -> None:
@@ -495,7 +502,7 @@ class HydraHeadModel(nn.Module):
         full_mask = create_attention_mask(h, first_full)
         linear_mask = padding_mask(first_linear, h.shape[1])
 
-        run = None
+        run, entering = None, key_of(h) if prefills else None
         of_ours = all(type(layer) is TransformerBlock for layer in self.layers)
         plain = linear_mask is None and not isinstance(full_mask, mx.array)
         # Weights that gradients are asked of are others; embeddings may be asked, too.
@@ -512,7 +519,7 @@ class HydraHeadModel(nn.Module):
                 # Weights, which a token would join, and which would be held as they were.
                 for layer in self.layers:
                     layer.join()
-            self._compiled_prefill.remember(h)
+            self._compiled_prefill.remember(entering)
         if (first or compiles) and not known:
             self._remembered.remember(self.layers)
         return self.norm(depends_on_counters(h, cache))

@@ -59,6 +59,10 @@ class SideBySide:
     def __init__(self):
         self.forget()
 
+    def __reduce__(self):
+        # A copy joins weights of its own.
+        return SideBySide, ()
+
     def forget(self) -> None:
         """Let go of the joined products, whose weights are held as long."""
         # Of the layers' weights, and the products. One tuple: another thread may be reading.

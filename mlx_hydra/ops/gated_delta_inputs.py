@@ -77,7 +77,9 @@ def gated_delta_inputs(
     """
     convolution = weights.convolution or ()
     _check_shapes(q, k, v, a, b, convolution, weights, past, mask)
-    known = rope is None or rotation is not None
+    known = rope is None or (
+        rotation is not None and 2 * rotation.frequencies.size == weights.q_norm.size
+    )
     backend = resolve_backend(backend, _supported(q, k, v, a, b, convolution, past, known))
     learned = weights.q_norm, weights.k_norm, weights.A_log, weights.dt_bias
     before = () if past is None or not convolution else (past,)

@@ -106,7 +106,7 @@ def gated_delta_step(
         state: float32 ``[B, H, D, D]``; zeros where it is None.
         past: the convolution's last K - 1 inputs ``[B, K - 1, 3 * H * D]``, q, k and v side by
             side; zeros where it is None.
-        offset: position of the first token, an int or int32 ``[B]``.
+        offset: position of the first token, an int or int32 ``[B]`` or ``[1]``.
         mask: bool ``[B, T]``; a token whose entry is False counts as zeros in the convolution,
             leaves the state as it was, and yields zeros.
         rotation: None for no RoPE.

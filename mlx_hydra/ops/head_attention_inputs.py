@@ -50,7 +50,8 @@ def head_attention_inputs(
         k, v: projections ``[B, T, Hk * D]``.
         q_norm, k_norm: weights of the RMSNorm of each head ``[D]``.
         eps: added to the mean square in these norms.
-        offset: position of the first token, an int or int32 ``[B]`` or ``[1]``.
+        offset: position of the first token, an int or int32 ``[B]`` or ``[1]``. RoPE turns by
+            positions below 0 in the kernel, and in ``"ops"`` as MLX's does.
         log_scale_base: a over 1 in ``log(t + a) / log(a)``, by which queries at position t are
             multiplied; None for no such scale. Positions below 0, as left padding has, count as 0.
         rope: called with queries or keys ``[B, H, T, D]`` and ``offset``; None for no RoPE.
@@ -58,8 +59,8 @@ def head_attention_inputs(
         backend: ``"auto"``, ``"ops"``, or ``"metal"`` or ``"cuda"``: one kernel, with all
             arithmetic in float32 and one rounding, for projections of one dtype and norms of one
             (float32, float16 or bfloat16), heads of 32, 64, 128 or 256 channels (not 80 and 96),
-            offsets that are int32, and a known rotation in float32. Its gradient is that of
-            ``"ops"``.
+            offsets within int32, and a known rotation of all pairs in float32. Its gradient is
+            that of ``"ops"``.
 
     Returns:
         q ``[B, Hf, T, D]``, k and v ``[B, Hk, T, D]`` in the dtype of the projections; side by side
@@ -100,7 +101,7 @@ def head_attention_inputs(
 def log_scales(offset: Union[int, mx.array], count: int, base: float) -> mx.array:
     """HypeNet's ``log(t + base) / log(base)`` (2601.22156) of ``count`` positions from offset on.
 
-    float32 ``[count, 1]``, for an offset ``[B]`` or ``[1]`` ``[B, 1, count, 1]``.
+    float32 ``[count, 1]``; of an offset ``[n]`` ``[n, 1, count, 1]``.
     """
     if isinstance(offset, int):
         return _log_scales(offset, count, base)
@@ -144,10 +145,21 @@ def _supported(q, k, v, q_norm, k_norm, offset, rotation):
         and q_norm.dtype == k_norm.dtype
         # So that no array of channels is one of those that Metal passes in another address space.
         and q_norm.size in HEAD_DIMS
-        and (isinstance(offset, int) or offset.dtype == mx.int32)
-        and (rotation is None or rotation.frequencies.dtype == mx.float32)
+        and (
+            _is_within(offset, q.shape[1]) if isinstance(offset, int) else offset.dtype == mx.int32
+        )
+        and (rotation is None or _turns_pairs(rotation, q_norm.size))
     )
     return (gpu, "ops") if fits else ("ops",)
+
+
+def _is_within(offset, T):
+    return offset >= -(2**31) and offset + T < 2**31 - 32
+
+
+def _turns_pairs(rotation, D):
+    frequencies = rotation.frequencies
+    return frequencies.dtype == mx.float32 and 2 * frequencies.size == D
 
 
 def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, rotation):
@@ -159,7 +171,7 @@ def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, ro
     frequencies, scale = (q_norm, 1.0) if rotation is None else rotation
     base = math.e if log_scale_base is None else log_scale_base
     tokens = max(1, min(_MOST_TOKENS, 32 * _BYTES // (D * q.dtype.size)))
-    # As many SIMD-groups in each threadgroup as are needed, none of them idle.
+    # As many SIMD-groups in each threadgroup as are needed, and no threadgroup idle.
     items = Hf + 2 * Hk
     blocks = -(-items // _SIMD_GROUPS)
     return _KERNEL(
