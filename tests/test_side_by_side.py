@@ -7,7 +7,6 @@ import pytest
 import tiny
 from mlx_lm.tuner.lora import LoRALinear
 
-from mlx_hydra import kernels
 from mlx_hydra.models import side_by_side
 from mlx_hydra.models.side_by_side import SideBySide
 
@@ -205,18 +204,6 @@ def test_what_stands_in_for_a_layer_is_called():
     recorder, together = Recorder(linear(5, True)), SideBySide()
     assert mx.array_equal(together.apart(X, [recorder])[0], recorder.layer(X))
     assert recorder.seen
-
-
-@pytest.mark.parametrize("rows", [1, 3])
-def test_parts_get_their_biases_apart(rows, monkeypatch):
-    monkeypatch.setattr(kernels, "gpu_backend", lambda: "cuda")
-    make, together, x = LAYERS["some with a bias"], SideBySide(), X[0, :rows]
-    layers = make()
-    expected = separately(make(), x)
-    found = mx.concatenate(together.apart(x, layers), axis=-1)
-    assert tiny.distance(found, expected) < 1e-4
-    sums = nodes_of(lambda x: together.apart(x, layers), x)
-    assert sums == ["Matmul", "Split", "Add", "Add"]
 
 
 @pytest.mark.parametrize("count", [9, 10, 11, 13])

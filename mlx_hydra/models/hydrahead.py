@@ -345,17 +345,18 @@ class Attention(nn.Module):
             return self._step(x, full_mask, linear_mask, cache, offset, backend)
         if x.ndim == 2:
             return self.fused_heads(x[:, None], full_mask, linear_mask, cache, offset)[:, 0]
-        kinds, of_full, of_linear = [], None, None
+        kinds, of_full, of_linear, biases = [], None, None, (None, None)
         if "linear" in self and cache is not None and not self.training and runs_on_gpu():
-            projected = self.side_by_side.apart(x, self.projections)
+            projected = self.side_by_side.unbiased(x, self.projections)
+            biases = self.gate_biases()
             of_full = self.full.projections if "full" in self else []
             of_full, of_linear = projected[: len(of_full)], projected[len(of_full) :]
         if "full" in self:
             o, gate = self.full(x, full_mask, full_part(cache), offset, of_full)
-            kinds.append(self.full_outputs(o, gate))
+            kinds.append(self.full_outputs(o, gate, biases[0]))
         if "linear" in self:
             o, gate = self.linear(x, linear_mask, linear_part(cache), offset, of_linear)
-            kinds.append(self.linear_outputs(o, gate))
+            kinds.append(self.linear_outputs(o, gate, biases[1]))
         return self.fused(kinds).astype(x.dtype)
 
     def full_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:

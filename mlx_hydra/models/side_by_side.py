@@ -10,8 +10,6 @@ from typing import NamedTuple, Optional
 import mlx.core as mx
 import mlx.nn as nn
 
-from .. import kernels
-
 # Two threads that join the same layers would each take the other's half-made weights for new ones.
 _JOINING = threading.Lock()
 
@@ -79,17 +77,14 @@ class SideBySide:
 
     def apart(self, x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
         """The layers' outputs, each by itself: slices, where a product has several."""
-        if not on_cuda():
-            groups = self._groups(layers)
-            return [part for group in groups for part in group.split(group.biased(x))]
-        # To be asked for a product with a bias takes cuBLAS longer than a kernel for the sum.
-        pairs = zip(self.unbiased(x, layers), self.biases(layers))
-        return [part if bias is None else part + bias for part, bias in pairs]
+        return [part for group in self._groups(layers) for part in group.split(group.biased(x))]
 
     def unbiased(
         self, x: mx.array, layers: Sequence[nn.Module], leading: Sequence[int] = ()
     ) -> list[mx.array]:
         """The layers' outputs as :meth:`apart` gives them, without :meth:`biases`.
+
+        To be asked for a product with a bias takes cuBLAS longer than a kernel takes for the sum.
 
         Args:
             leading: the axes that the first one of x is made of, if several.
@@ -131,10 +126,6 @@ class SideBySide:
                     groups.append(_join(group))
             self._known = _parts(layers), groups
         return groups
-
-
-def on_cuda() -> bool:
-    return kernels.gpu_backend() == "cuda"
 
 
 def _parts(layers):
