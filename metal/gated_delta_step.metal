@@ -16,7 +16,7 @@
 //   mask            bool [B, T], False for padding; not read unless MASKED
 //   A_log, dt_bias  float [H]
 //   state           float [B, H, D, D]: rows are values, columns keys
-//   full            [B, T, F, D]; not read if F is 0
+//   full            [B, F, T, D]; not read if F is 0
 //   bias, full_bias [H * D], [F * D]: yet to be added to the gates; not read unless BIAS, FULL_BIAS
 //   gamma           float [F + H]
 //   constants       float [4]: eps of q_norm and k_norm, RoPE's scale, eps of the fusion of linear
@@ -65,7 +65,7 @@ if (place < F) {
     float x[COUNT];
     float squares = 0;
     for (short i = 0; i < COUNT; i++) {
-      x[i] = float(full[(token * F + place) * D + lane + 32 * i]);
+      x[i] = float(full[(size_t(batch * F + place) * T + t) * D + lane + 32 * i]);
       squares += x[i] * x[i];
     }
     float weight = gamma[place];

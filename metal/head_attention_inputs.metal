@@ -1,10 +1,10 @@
-// Prefill and training: from the projections of x to what softmax attention reads.
+// From the projections of x to what softmax attention reads.
 //
 // A head's queries and keys go through RMSNorm and RoPE, queries through the log scale
 // log(t + a) / log(a) of position t (HypeNet, arXiv 2601.22156); values are only laid out by heads.
 // All in float32, and rounded once.
 //
-//   q_in            [B, T, Hf * D], with any strides, as are
+//   q_in            [B, T, Hf * D], or [B, Hf * D] of one token, with any strides, as are
 //   k_in, v_in      [B, T, Hk * D]
 //   q_norm, k_norm  [D]
 //   frequencies     float [D / 2]: angle a position; not read unless ROPE
@@ -30,9 +30,11 @@ constexpr int LANES = 32 / TOKENS;
 // Of each token and pair of channels the cosine and the sine.
 threadgroup float4 turns[ROPE ? TOKENS * D / 4 : 1];
 
-const int T = q_in_shape[1];
-const int n_heads = q_in_shape[2] / D;
-const int n_kv_heads = k_in_shape[2] / D;
+// The axis of channels; k_in and v_in have as many.
+const int last = q_in_ndim - 1;
+const int T = last == 1 ? 1 : q_in_shape[1];
+const int n_heads = q_in_shape[last] / D;
+const int n_kv_heads = k_in_shape[last] / D;
 // Queries, then keys, then values.
 const int first_value = n_heads + n_kv_heads;
 const int items = first_value + n_kv_heads;
@@ -51,7 +53,7 @@ const bool is_value = item >= first_value;
 
 const device X* now = q_in + batch * q_in_strides[0] + first * q_in_strides[1];
 long row = q_in_strides[1];
-long apart = q_in_strides[2];
+long apart = q_in_strides[last];
 const device W* weights = q_norm;
 long between = q_norm_strides[0];
 device X* out = q;
@@ -60,7 +62,7 @@ int heads = n_heads;
 if (!is_query) {
   now = k_in + batch * k_in_strides[0] + first * k_in_strides[1];
   row = k_in_strides[1];
-  apart = k_in_strides[2];
+  apart = k_in_strides[last];
   weights = k_norm;
   between = k_norm_strides[0];
   out = k;
@@ -70,9 +72,13 @@ if (!is_query) {
 if (is_value) {
   now = v_in + batch * v_in_strides[0] + first * v_in_strides[1];
   row = v_in_strides[1];
-  apart = v_in_strides[2];
+  apart = v_in_strides[last];
   out = v;
   head = item - first_value;
+}
+if (last == 1) {
+  // What was taken for its stride is that of channels.
+  row = 0;
 }
 now += (head * D + lane * M) * apart;
 out += ((size_t(batch) * heads + head) * T + first) * D + lane * M;

@@ -15,6 +15,7 @@ import mlx.core as mx
 # `threadgroup float name[64];` and no pointer or argument.
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
 _ADDRESS_SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\s+")
+_SHAPES = re.compile(r"\b\w+_(?:shape|strides|ndim)\b")
 _NOT_CODE = re.compile(r"^\s+|[ \t]*//.*$", re.MULTILINE)
 
 
@@ -85,13 +86,15 @@ def constant(values: tuple, dtype: mx.Dtype) -> mx.array:
 
 @functools.cache
 def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callable:
-    body, name = read_text(f"{kernel.name}.metal"), kernel.name
+    name = kernel.name
     if backend == "metal":
         make = mx.fast.metal_kernel
         header = "\n".join(map(read_text, kernel.headers))
+        body = read_text(f"{name}.metal")
     else:
         make = mx.fast.cuda_kernel
-        header, body = cuda_header(kernel), as_cuda(body)
+        # The names of files tell their texts.
+        header, body = cuda_text(kernel)
         # MLX before 0.32.4 keeps compiled CUDA kernels, on disk too, by name and template alone.
         text = f"{header}{body}{dtypes}"
         name += f"_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -108,14 +111,21 @@ def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callab
 cache_clear = _build.cache_clear
 
 
-def cuda_header(kernel: Kernel) -> str:
-    """What stands before a kernel as CUDA: a line that names a file in the user's cache folder.
+def cuda_text(kernel: Kernel) -> tuple[str, str]:
+    """A kernel's headers and its body as CUDA: lines that name files in the user's cache folder.
 
-    MLX copies and hashes all text at every call. Where nothing can be written it is the text.
+    MLX copies and hashes all text at every call. Where nothing can be written they are the text.
     """
     compat = ["compat/cuda.h"] + ["compat/tile.h"] * ("tile.h" in kernel.headers)
-    text = as_cuda("\n".join(map(read_text, (*compat, *kernel.headers))))
-    name = f"{kernel.name}_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
+    header = as_cuda("\n".join(map(read_text, (*compat, *kernel.headers))))
+    body = as_cuda(read_text(f"{kernel.name}.metal"))
+    # MLX gives a kernel of its inputs' shapes and strides what its text mentions.
+    mentioned = " ".join(sorted(set(_SHAPES.findall(body))))
+    return _named(kernel.name, header), f"// {mentioned}\n{_named(kernel.name, body)}"
+
+
+def _named(name: str, text: str) -> str:
+    name += f"_{hashlib.sha256(text.encode()).hexdigest()[:12]}.h"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
     try:
         file = cache.expanduser().absolute() / "mlx_hydra" / name

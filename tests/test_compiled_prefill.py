@@ -1,5 +1,6 @@
 """Compiled steps of a prefill are ordinary ones. Plain operations stand in for the kernels."""
 
+import functools
 import gc
 import pickle
 import weakref
@@ -9,12 +10,13 @@ import pytest
 import tiny
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
-from test_compiled_step import CASES, SIZES, attention, with_lora
+from test_compiled_step import CASES, SIZES, LouderBlock, attention, with_lora
 
 from mlx_hydra.models import compiled_prefill, compiled_step, hydrahead
 from mlx_hydra.models.cache import full_part, linear_part
 
 T = 8
+ALL = [0, 1, 2, 3]
 
 
 @pytest.fixture
@@ -193,13 +195,24 @@ def test_masks_of_other_caches_are_heeded(compiled):
     assert tiny.distance(found, expected) < 1e-5
 
 
-def test_layers_of_ones_own_are_called(compiled):
-    class Louder(hydrahead.TransformerBlock):
-        def __call__(self, x, *others):
-            return 2 * super().__call__(x, *others)
+class LouderAttention(hydrahead.Attention):
+    def __call__(self, x, *others):
+        return 2 * super().__call__(x, *others)
 
+
+class LouderHeads(hydrahead.LinearAttention):
+    def __call__(self, x, *others):
+        o, gate = super().__call__(x, *others)
+        return 2 * o, gate
+
+
+@pytest.mark.parametrize(
+    "path, louder",
+    [("", LouderBlock), ("self_attn", LouderAttention), ("self_attn.linear", LouderHeads)],
+)
+def test_layers_of_ones_own_are_called(compiled, path, louder):
     model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(4 * T)
-    model.layers[1].__class__ = Louder
+    functools.reduce(getattr, path.split(".") if path else (), model.layers[1]).__class__ = louder
     expected = whole(model, tokens)
     assert tiny.distance(read(model, tokens, make_prompt_cache(model), (T,) * 4), expected) < 1e-4
     assert not compiled
@@ -222,6 +235,37 @@ def test_old_weights_are_let_go(compiled):
     gc.collect()
     # Of a layer at most: the new weights are made of the old when they are asked for.
     assert seen and not any(ref() for ref in held)
+
+
+@pytest.mark.parametrize("heads", [[ALL, [], ALL], [[], ALL, ALL], [ALL, ALL, [1]]], ids=str)
+def test_layers_of_full_heads_alone_stand_anywhere(compiled, heads):
+    model = tiny.model(**SIZES, full_attention_heads=heads).eval()
+    tokens = tiny.tokens(3 * T, batch=3)
+    found = read(model, tokens, make_prompt_cache(model), (T,) * 3)
+    assert compiled
+    assert tiny.distance(found, whole(model, tokens)) < 1e-4
+
+
+# Before the second norm the first layer's heads are of 16 bits.
+@pytest.mark.parametrize(
+    "norm, tolerance", [("input_layernorm", 1e-4), ("post_attention_layernorm", 0.05)]
+)
+def test_norms_of_states_may_be_of_another_type(compiled, norm, tolerance):
+    model = tiny.model(**SIZES, full_attention_heads=[[1], [], [0]]).eval()
+    model.update(tree_map(lambda w: w.astype(mx.bfloat16), model.parameters()))
+    for layer in model.layers:
+        layer[norm].set_dtype(mx.float32)
+    tokens, cache, other = tiny.tokens(3 * T), make_prompt_cache(model), make_prompt_cache(model)
+    found = read(model, tokens, cache, (T,) * 3)
+    assert compiled
+    expected = model(tokens[:, : T - 1], cache=other)
+    for c, ordinary in zip(cache, other):
+        for x, y in zip(linear_part(c).cache, linear_part(ordinary).cache):
+            assert x.dtype == y.dtype
+    # States are float32 from the first sum on, and what is computed of them.
+    assert found.dtype == expected.dtype == mx.float32
+    expected = whole(model, tokens)
+    assert tiny.distance(found, expected) < tolerance * mx.abs(expected).max().item()
 
 
 def test_what_is_read_between_prompts_changes_nothing(compiled):
@@ -313,7 +357,9 @@ def test_a_key_more_is_noticed(compiled):
     read(model, tokens, make_prompt_cache(model), (T,))
     remembered = model.model._remembered
     assert remembered.remembers(model.layers)
-    remembered._known[1][-1]["more"] = 1
+    modules = remembered._known[0]
+    last = [module for module in modules if type(module) not in compiled_step.PLAIN][-1]
+    vars(last)["more"] = 1
     assert not remembered.remembers(model.layers)
 
 

@@ -8,11 +8,14 @@ from delta_reference import normed
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.models.cache import BatchKVCache
+from test_gated_delta_inputs import BASE as DELTA_BASE
 from test_gated_delta_inputs import FAR, rope_of
+from test_gated_delta_inputs import inputs as delta_inputs
 from test_gated_delta_step import ROUNDING, label
 
 from mlx_hydra import kernels
 from mlx_hydra.ops import head_attention_inputs as module
+from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
 from mlx_hydra.ops.gated_delta_step import Rotation
 from mlx_hydra.ops.head_attention_inputs import head_attention_inputs, log_scales
 
@@ -40,6 +43,10 @@ CASES = [
     {"D": 256, "T": 3, "rope": 1.0, "base": 16, "B": 3, "offset": "one"},
     {"D": 128, "T": 65, "rope": 1.25, "base": 16, "offset": FAR},
     {"T": 1, "dtype": "float16", "rope": 1.0, "base": 2.5, "offset": "one"},
+    {"T": 1, "heads": (3, 1), "B": 3, "rope": 1.0, "base": 16, "offset": "a sequence"}
+    | {"layout": "token"},
+    {"T": 1, "D": 128, "dtype": "bfloat16", "base": 512, "offset": "one", "layout": "token"},
+    {"T": 1, "D": 256, "heads": (2, 2), "B": 2, "base": 16, "layout": "token", "offset": "one"},
     {"D": 32, "T": 300, "heads": (1, 1), "dtype": "bfloat16", "rope": 1.0, "offset": 0},
     {"D": 32, "T": 5, "heads": (2, 2), "dtype": "float16", "base": 16, "layout": "product"},
     # More than a threadgroup takes: 7 and 7 of queries, keys and values; 5 and 4, from a key on.
@@ -60,6 +67,8 @@ GRID = [
         (32, 64, 128, 256),
         [
             (1, 3, (3, 1), 1.0, 16, "a sequence", "product"),
+            (1, 3, (3, 1), 1.0, 16, "a sequence", "token"),
+            (1, 1, (2, 1), None, 512, "one", "token"),
             (7, 2, (2, 2), None, 512, "one", "odd"),
             (63, 1, (16, 8), 1.25, None, 0, "product"),
             (64, 3, (2, 1), None, None, 100, "turned"),
@@ -72,7 +81,9 @@ GRID = [
 
 
 def moved(arrays, layout):
-    """The same projections ``[B, T, C]`` as they may lie in memory."""
+    """The same projections ``[B, T, C]`` as they may lie in memory; ``[B, C]`` of a token."""
+    if layout == "token":
+        return [x[:, 0] for x in moved(arrays, "product")]
     if layout in ("product", "odd"):
         # Parts of one product, with others around them; from an odd channel on.
         B, T, _ = arrays[0].shape
@@ -121,6 +132,7 @@ def plain(x):
 def reference(arrays, arguments):
     """The same in float64."""
     q, k, v, q_norm, k_norm = map(plain, arrays)
+    q, k, v = (x[:, None] if x.ndim == 2 else x for x in (q, k, v))
     (B, T, _), (D,) = q.shape, q_norm.shape
     q, k, v = (x.reshape(B, T, -1, D).swapaxes(1, 2) for x in (q, k, v))
     eps, base, rotation = (arguments[name] for name in ("eps", "log_scale_base", "rotation"))
@@ -193,8 +205,10 @@ def test_any_shape_is_right(kernel_backend, data):
         rope=pick([None, 1.0]),
         base=pick([None, 16]),
         offset=pick([0, 17, -3, "one", "a sequence"]),
-        layout=pick(["apart", "product", "odd", "turned", "rows"]),
+        layout=pick(["apart", "product", "odd", "turned", "rows", "token"]),
     )
+    if case["layout"] == "token":
+        case["T"] = 1
     arrays, arguments = inputs(case)
     check(run(arrays, arguments, kernel_backend), reference(arrays, arguments), case["dtype"])
 
@@ -303,6 +317,22 @@ def test_ops_are_compiled_for_any_position():
             assert tiny.distance(x, y) <= 1e-5
 
 
+@pytest.mark.parametrize("offset", [[41], [3, 9, 4]], ids=str)
+def test_rope_gets_one_position_as_a_number(offset):
+    # Of an array with an axis MLX's kernels on GPUs take an entry a sequence, however many it has.
+    seen, offset = [], mx.array(offset)
+
+    def rope(x, offset):
+        seen.append(offset.shape)
+        return x
+
+    arrays, arguments = inputs(BASE | {"B": 3})
+    head_attention_inputs(*arrays, **(arguments | {"offset": offset}), rope=rope, backend="ops")
+    projections, arguments = delta_inputs(DELTA_BASE | {"B": 3})
+    gated_delta_inputs(*projections, **(arguments | {"offset": offset}), rope=rope, backend="ops")
+    assert seen == [() if offset.size == 1 else (3,)] * 4
+
+
 def test_log_scales_of_numbers_and_arrays():
     expected = np.log(np.maximum(np.arange(-2, 5), 0) + 16) / np.log(16)
     assert tiny.distance(log_scales(-2, 7, 16), expected[:, None].astype(np.float32)) == 0
@@ -352,7 +382,8 @@ def test_shapes_that_do_not_fit_are_named():
     arrays, arguments = inputs(BASE | {"B": 2})
     q, k, v, q_norm, k_norm = arrays
     for changed, message in (
-        ([q[0], k, v, q_norm, k_norm], r"q has shape \(7, 128\), expected \[B, T, H \* 64\]"),
+        ([q[0, 0], k, v, q_norm, k_norm], r"q has shape \(128,\), expected \[B, T, H \* 64\] or"),
+        ([q[:, 0], k, v, q_norm, k_norm], r"k has shape \(2, 7, 64\), expected \(2, 64\)"),
         ([q[..., 1:], k, v, q_norm, k_norm], r"q has shape \(2, 7, 127\), expected \[B, T, H"),
         ([q, k[:, 1:], v, q_norm, k_norm], r"k has shape \(2, 6, 64\), expected \(2, 7, 64\)"),
         ([q, k[..., 1:], v, q_norm, k_norm], r"k has shape \(2, 7, 63\), expected \[B, T, H"),
@@ -384,20 +415,17 @@ def calls(monkeypatch):
 
 
 @pytest.mark.parametrize("rope", [False, True])
-def test_the_model_prefills_and_trains_through_the_kernel(rope, kernel_backend, calls):
+def test_the_model_reads_answers_and_trains_through_the_kernel(rope, kernel_backend, calls):
     model = tiny.model(
         head_dim=32, full_attention={"rope": rope, "log_scale_base": 16, "gate": True}
     )
     cache = model.make_cache()
     mx.eval(model(tiny.tokens(12), cache=cache))
     mx.eval(model(tiny.tokens(3), cache=cache))
-    prefill = [(1, T, heads * 32) for T in (12, 3) for heads in (3, 4)]
-    assert calls == prefill
-    # A token has its factor in the scale of its scores.
     mx.eval(model(tiny.tokens(1), cache=cache))
-    assert calls == prefill
+    assert calls == [(1, T, heads * 32) for T in (12, 3, 1) for heads in (3, 4)]
     mx.eval(model(tiny.tokens(5)))
-    assert calls[4:] == [(1, 5, 96), (1, 5, 128)]
+    assert calls[6:] == [(1, 5, 96), (1, 5, 128)]
 
 
 def test_a_batch_has_a_position_for_each_sequence(kernel_backend, calls):

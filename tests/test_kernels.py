@@ -119,63 +119,74 @@ def test_address_spaces_are_said_in_cudas_words():
     assert "//" not in cuda
 
 
-def test_headers_are_named_to_cuda_and_lie_in_the_cache(tmp_path, monkeypatch):
+def test_text_is_named_to_cuda_and_lies_in_the_cache(tmp_path, monkeypatch):
     kernel = kernels.Kernel("fuse_heads", (), (), ("heads.h", "tile.h"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "of the user"))
-    line = kernels.cuda_header(kernel)
-    [file] = (tmp_path / "of the user" / "mlx_hydra").iterdir()
-    assert line == f'#include "{file}"\n'
-    text = file.read_text()
+    header, body = kernels.cuda_text(kernel)
+    names, line = body.split("\n", 1)
+    files = [Path(re.fullmatch('#include "(.*)"\n', x)[1]) for x in (header, line)]
+    assert {*files} == {*(tmp_path / "of the user" / "mlx_hydra").iterdir()}
+    texts = [file.read_text() for file in files]
     for name in ("compat/cuda.h", "compat/tile.h", "heads.h", "tile.h"):
-        assert kernels.as_cuda(kernels.read_text(name)).strip() in text
+        assert kernels.as_cuda(kernels.read_text(name)).strip() in texts[0]
+    assert texts[1] == kernels.as_cuda(kernels.read_text("fuse_heads.metal"))
+    assert names.startswith("// ") and set(names.split()[1:]) == set(
+        re.findall(r"\w+_shape|\w+_strides|\w+_ndim", texts[1])
+    )
     # What is there is taken, and what has been cut short by nobody is whole.
-    written = file.stat().st_mtime_ns
-    assert kernels.cuda_header(kernel) == line
-    assert file.stat().st_mtime_ns == written
-    assert kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",))) != line
+    written = [file.stat().st_mtime_ns for file in files]
+    assert kernels.cuda_text(kernel) == (header, body)
+    assert [file.stat().st_mtime_ns for file in files] == written
+    other = kernels.Kernel("fuse_heads", (), (), ("heads.h",))
+    assert kernels.cuda_text(other)[0] != header and kernels.cuda_text(other)[1] == body
 
 
-def test_a_header_that_is_not_whole_is_written_anew(tmp_path, monkeypatch):
+def test_text_that_is_not_whole_is_written_anew(tmp_path, monkeypatch):
     kernel = kernels.Kernel("fuse_heads", (), (), ("heads.h",))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    line = kernels.cuda_header(kernel)
-    [file] = (tmp_path / "mlx_hydra").iterdir()
-    text = file.read_text()
-    for broken in (b"\xff\xfe", text[:100].encode()):
-        file.write_bytes(broken)
-        assert kernels.cuda_header(kernel) == line
-        assert file.read_text() == text
-    # A full disk leaves neither the file nor a part of it.
-    file.unlink()
+    lines = kernels.cuda_text(kernel)
+    for file in (tmp_path / "mlx_hydra").iterdir():
+        text = file.read_text()
+        for broken in (b"\xff\xfe", text[:100].encode()):
+            file.write_bytes(broken)
+            assert kernels.cuda_text(kernel) == lines
+            assert file.read_text() == text
+        # A full disk leaves neither the file nor a part of it.
+        file.unlink()
 
-    def full(*_):
-        raise OSError("No space left on device")
+        def full(*_):
+            raise OSError("No space left on device")
 
-    monkeypatch.setattr("os.replace", full)
-    assert kernels.cuda_header(kernel) == text
-    assert not list((tmp_path / "mlx_hydra").iterdir())
+        with monkeypatch.context() as patch:
+            patch.setattr("os.replace", full)
+            left = kernels.cuda_text(kernel)
+            assert [text in part for part, line in zip(left, lines) if part != line] == [True]
+        assert len(list((tmp_path / "mlx_hydra").iterdir())) == 1
+        assert kernels.cuda_text(kernel) == lines
 
 
 @pytest.mark.parametrize("name", ['a "quoted" one', "of two\nlines", "\udcff"])
 def test_a_folder_that_no_line_of_c_can_name_is_not_named(name, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / name))
-    text = kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",)))
-    assert "#include" not in text.replace("#include <", "")
-    text.encode()
+    for text in kernels.cuda_text(kernels.Kernel("fuse_heads", (), (), ("heads.h",))):
+        assert "#include" not in text.replace("#include <", "")
+        text.encode()
 
 
 def test_where_nothing_can_be_written_cuda_gets_the_text(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    text = kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",)))
-    assert kernels.as_cuda(kernels.read_text("heads.h")).strip() in text
+    kernel = kernels.Kernel("fuse_heads", (), (), ("heads.h",))
+    texts = kernels.cuda_text(kernel)
+    for name, text in zip(("heads.h", "fuse_heads.metal"), texts):
+        assert kernels.as_cuda(kernels.read_text(name)).strip() in text
     monkeypatch.delenv("XDG_CACHE_HOME")
 
     def homeless(_):
         raise RuntimeError("Could not determine home directory.")
 
     monkeypatch.setattr(Path, "expanduser", homeless)
-    assert kernels.cuda_header(kernels.Kernel("fuse_heads", (), (), ("heads.h",))) == text
+    assert kernels.cuda_text(kernel) == texts
 
 
 def test_numbers_are_one_array_for_all_calls():
@@ -260,7 +271,7 @@ def test_the_name_of_a_cuda_kernel_is_one_word(cuda_names, full_gate):
         past=None,
         eps=None,
         first=F * D,
-        full=mx.zeros((1, 1, F, D)),
+        full=mx.zeros((1, F, 1, D)),
         full_gate=full_gate,
         backend="cuda",
     )
@@ -284,8 +295,11 @@ def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch, tmp_path):
     kernels.cache_clear()
     assert len(texts) == len(list(kernels.folder().glob("*.metal")))
     for text in texts.values():
-        [file] = re.findall('#include "(.*)"', text["header"])
-        assert ("mma_16(" in Path(file).read_text()) == ("tile<" in text["source"])
+        header, body = (
+            Path(re.search('#include "(.*)"', text[part])[1]).read_text()
+            for part in ("header", "source")
+        )
+        assert ("mma_16(" in header) == ("tile<" in body)
 
 
 def test_cuda_kernels_for_other_types_have_other_names(cuda_names):

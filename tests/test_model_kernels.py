@@ -12,8 +12,8 @@ from mlx_lm.utils import quantize_model
 from test_model import EXACT, SWITCHES, cast
 
 from mlx_hydra import kernels
-from mlx_hydra.models import hydrahead
-from mlx_hydra.models.cache import linear_part
+from mlx_hydra.models import compiled_step, hydrahead
+from mlx_hydra.models.cache import full_part, linear_part
 
 # The kernels take heads of 32 channels and more.
 SIZES = {"head_dim": 32}
@@ -118,6 +118,33 @@ def test_rounding_costs_no_more_than_on_ops(dtype, kernel_backend, monkeypatch):
 def error(x, truth):
     """The root of the mean squared difference."""
     return mx.sqrt(mx.mean((x.astype(mx.float32) - truth) ** 2)).item()
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rope", [False, True])
+def test_what_is_compiled_of_a_step_runs_on_the_kernels(batch, rope, steps, kernel_backend):
+    heads = {"rope": rope, "log_scale_base": 16, "gate": True}
+    model = tiny.model(**SIZES, full_attention=heads).eval()
+    tokens, cache = tiny.tokens(7, batch=batch), model.make_cache()
+    mx.eval(model(tokens[:, :6], cache=cache))
+    parts = [(full_part(c), linear_part(c)) for c in cache]
+    arrays = [
+        (() if kv is None else (kv.keys, kv.values), () if part is None else tuple(part.cache))
+        for kv, part in parts
+    ]
+    token = model.model.embed_tokens(tokens[:, 6:])
+    step = compiled_step.traceable(model.layers)
+    steps.clear()
+    # As it is before it is compiled, which takes a GPU.
+    found, left = step(token, [mx.array([6])], arrays)
+    assert steps == [1] * sum(part is not None for _, part in parts)
+    expected = model.model(tokens[:, 6:], cache=cache)
+    assert tiny.distance(model.model.norm(found), expected) < 1e-4
+    for (kv, part), (of_full, of_linear) in zip(parts, left):
+        for x, y in zip(of_full, () if kv is None else (kv.keys, kv.values)):
+            assert tiny.distance(x[:, :, :7], y[:, :, :7]) < 1e-4
+        for x, y in zip(of_linear, () if part is None else part.cache):
+            assert tiny.distance(x, y) < 1e-4
 
 
 def test_a_prompt_of_a_few_tokens_starts_from_nothing(steps, kernel_backend, monkeypatch):

@@ -206,6 +206,19 @@ def test_what_stands_in_for_a_layer_is_called():
     assert recorder.seen
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (3,), (1, 3)], ids=str)
+@pytest.mark.parametrize("name", ["even", "uneven", "padded"])
+def test_even_parts_of_one_row_are_rows(name, shape):
+    sizes = {"even": [32, 32, 32], "uneven": [32, 32, 64], "padded": [5, 5, 5]}[name]
+    layers, together = [linear(n, seed=i) for i, n in enumerate(sizes)], SideBySide()
+    x = mx.random.normal((*shape, X.shape[-1]))
+    expected, found = [layer(x) for layer in layers], together.apart(x, layers)
+    assert all(tiny.distance(x, y) < 1e-4 for x, y in zip(found, expected))
+    if name == "even" and shape[-1] == 1:
+        mx.eval(found)
+        assert all(memoryview(part).strides[-2] == 4 * 32 for part in found)
+
+
 @pytest.mark.parametrize("count", [9, 10, 11, 13])
 @pytest.mark.parametrize("last", [64, 5])
 def test_many_parts_are_split_off_as_few(count, last):

@@ -90,7 +90,7 @@ class CompiledPrefill:
                         split[call] = prefill_splits(q, k, v, attention.kv_index, offset)
                     splits = split[call]
                 if splits is None:
-                    o = attention.attend(q, k, v, None, full_part(c), scale=attention.scale)
+                    o = attention.attend(q, k, v, None, full_part(c))
                     of_full = (o, *gate)
                 else:
                     of_full = (q, k[:, :, :1], v[:, :, :1], *gate)
@@ -138,13 +138,17 @@ def functions_of(layer: nn.Module, leading: tuple[int, int]) -> Optional[tuple[C
     products, projections = attention.side_by_side, attention.projections
     count = len(attention.full.projections) if "full" in attention else 0
     full_bias, linear_bias = attention.gate_biases()
+    dtype = None
 
     def before(h, where, states):
+        nonlocal dtype
         x = layer.input_layernorm(h)
+        # Which is traced before the second function is.
+        dtype = x.dtype
         projected = products.unbiased(x, projections, leading)
         of_full, of_linear = projected[:count], projected[count:]
         if of_full:
-            of_full = attention.full.heads(of_full, leading[1], where)
+            of_full = attention.full.heads(of_full, where)
         cache = ArraysCache(size=len(states))
         cache.cache = list(states)
         o, gate = attention.linear(x, None, cache, where, of_linear)
@@ -160,7 +164,7 @@ def functions_of(layer: nn.Module, leading: tuple[int, int]) -> Optional[tuple[C
             if of_full:
                 kinds.append(attention.full_outputs(*of_full, gate_bias=full_bias))
             kinds.append(attention.linear_outputs(*of_linear, gate_bias=linear_bias))
-            heads = attention.fused(kinds).astype(h.dtype).flatten(0, 1)
+            heads = attention.fused(kinds).astype(dtype).flatten(0, 1)
             h = h + attention.output(heads)
             return h + layer.feed_forward(layer.post_attention_layernorm(h), together=False)
 

@@ -1,8 +1,7 @@
 """A decode step of one token as one compiled function, for which the host walks no layers."""
 
-import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, ValuesView
 from itertools import chain
 from typing import Any, Optional
 
@@ -32,24 +31,14 @@ class Position:
     """
 
     def __init__(self, offset: mx.array, seen: Optional[mx.array] = None):
-        # Without an axis: RoPE would take one for the batch.
-        self.scalar = offset.reshape(())
-        self.offset, self.seen = offset if seen is None else self.scalar, seen
+        self.offset, self.seen = offset, seen
         self._indices: dict[tuple, mx.array] = {}
-        self._scales: dict[tuple, mx.array] = {}
 
     def index(self, shape: tuple) -> mx.array:
         """The offset for each element of a row ``shape``."""
         if shape not in self._indices:
             self._indices[shape] = mx.broadcast_to(self.offset, shape)
         return self._indices[shape]
-
-    def log_scale(self, base: float, scale: float) -> mx.array:
-        """``scale * log(offset + base) / log(base)``."""
-        if (base, scale) not in self._scales:
-            factor = scale / math.log(base)
-            self._scales[base, scale] = mx.log(self.offset + base) * factor
-        return self._scales[base, scale]
 
 
 class KVBuffers:
@@ -85,17 +74,17 @@ class Remembered:
 
     def forget(self) -> None:
         """Let go of the layers, whose weights are held as long."""
-        # Layers, where their weights and settings are, and these. One tuple: another thread may be
-        # reading.
-        self._known: tuple[list[nn.Module], list[dict], list[Any]] = [], [], []
+        # Layers, views of what holds their weights and settings, and these as they were. One tuple:
+        # another thread may be reading.
+        self._known: tuple[list[nn.Module], list[ValuesView], list[Any]] = [], [], []
 
     def remembers(self, layers: Sequence[nn.Module]) -> bool:
         """Whether an ordinary step has run with these very layers, weights and settings."""
-        modules, places, known = self._known
+        modules, views, known = self._known
         if not modules or not all(map(operator.is_, layers, modules)):
             return False
         # By no Python loop, as every token asks.
-        parts = list(chain.from_iterable(map(dict.values, places)))
+        parts = list(chain.from_iterable(views))
         return len(parts) == len(known) and all(map(operator.is_, parts, known))
 
     @property
@@ -109,12 +98,13 @@ class Remembered:
             modules += [part for part in module.values() if isinstance(part, nn.Module)]
         # Not the settings of MLX's plain layers, of which there are many, and which do not change.
         places = modules + [vars(module) for module in modules if type(module) not in PLAIN]
-        parts = list(chain.from_iterable(map(dict.values, places)))
+        views = list(map(dict.values, places))
+        parts = list(chain.from_iterable(views))
         self.forget()
         # What is put into a list, or taken out, is not noticed.
         lists = [part for part in parts if type(part) in (list, tuple, dict)]
         if not any(isinstance(leaf, mx.array) for _, leaf in tree_flatten(lists)):
-            self._known = modules, places, parts
+            self._known = modules, views, parts
 
 
 class CompiledStep:
@@ -226,15 +216,15 @@ def traceable(layers: Sequence[nn.Module]):
                 linear = ArraysCache(size=len(of_linear))
                 linear.cache = list(of_linear)
             parts = [part for part in (full, linear) if part is not None]
-            h = layer(
-                h, None, None, CacheList(*parts) if len(parts) == 2 else parts[0], position.offset
-            )
+            cache = CacheList(*parts) if len(parts) == 2 else parts[0]
+            h = layer(h, None, None, cache, position.offset)
             left.append(
                 (
                     () if full is None else (full.keys, full.values),
                     () if linear is None else tuple(linear.cache),
                 )
             )
-        return h[:, None], left
+        # Not by an axis put in, whose stride products take for that of other rows.
+        return h.reshape(len(h), 1, -1), left
 
     return step

@@ -4,7 +4,6 @@ An attention layer holds two kinds of heads: a few keep causal softmax attention
 Gated DeltaNet heads (arXiv 2412.06464). docs/architecture.md tells which choices are the paper's.
 """
 
-import math
 from typing import Any, Optional
 
 import mlx.core as mx
@@ -20,7 +19,7 @@ from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
 from ..ops.gated_delta_step import MOST_TOKENS, Weights, gated_delta_step, step_backend
 from ..ops.head_attention import head_attention_prefill
-from ..ops.head_attention_inputs import head_attention_inputs, log_scales
+from ..ops.head_attention_inputs import head_attention_inputs
 from .cache import (
     CONV,
     RECURRENT,
@@ -91,83 +90,57 @@ class FullAttention(nn.Module):
     def __call__(
         self, x, mask, cache, offset, projected=None
     ) -> tuple[mx.array, Optional[mx.array]]:
-        T, compiled = tokens_of(x), isinstance(cache, KVBuffers)
-        if compiled:
-            mask = cache.position.seen
         projected = projected or [projection(x) for projection in self.projections]
-        where = cache.position.scalar if compiled else offset
-        q, k, v, *gate = self.heads(projected, T, where)
-        scale, a = self.scale, self.log_scale_base
-        if a is not None and T == 1:
-            if isinstance(offset, int):
-                # One position: its factor is a number, and costs no operation.
-                scale *= math.log(offset + a) / math.log(a)
-            elif compiled and mask is None:
-                scale = cache.position.log_scale(a, scale)
-            elif compiled:
-                q = (q * cache.position.log_scale(a, 1.0)).astype(q.dtype)
-            else:
-                q = (q * log_scales(offset, T, a)).astype(q.dtype)
-        where = offset if compiled and mask is None else None
+        q, k, v, *gate = self.heads(projected, offset)
+        where = None
+        if isinstance(cache, KVBuffers):
+            # Which are read whole: what a token sees of them is told by an array.
+            mask = cache.position.seen
+            where = offset if mask is None else None
         if cache is not None:
             k, v = append(cache, k, v)
-        o = self.attend(q, k, v, mask, cache, scale=scale, offset=where)
+        o = self.attend(q, k, v, mask, cache, where)
         return o, gate[0] if gate else None
 
-    def heads(self, projected, T, where) -> list[mx.array]:
-        """Queries, keys and values of the projections ``[B, H, T, D]``, and what else there is.
+    def heads(self, projected, offset) -> list[mx.array]:
+        """Queries with the log scale, keys and values ``[B, H, T, D]``, and what else there is.
 
-        Queries come with the log scale; one token's without, as it may have it for nothing.
+        Args:
+            projected: outputs of the projections ``[B, T, H * D]``, or ``[B, H * D]`` of a token.
         """
         q, k, v, *gate = projected
-        rope = self.rope if "rope" in self else None
-        if T != 1:
-            q, k, v = head_attention_inputs(
-                *(q, k, v, self.q_norm.weight, self.k_norm.weight),
-                eps=self.q_norm.eps,
-                offset=where,
-                log_scale_base=self.log_scale_base,
-                rope=rope,
-                rotation=self._rotation,
-            )
-            return [q, k, v, *gate]
-        dtype = q.dtype
-        q = self.q_norm(of_a_token(q, self.n_heads))
-        k = self.k_norm(of_a_token(k, self.n_kv_heads))
-        v = of_a_token(v, self.n_kv_heads)
-        if rope is not None:
-            q, k = rope(q, offset=where), rope(k, offset=where)
-        return [*(x.astype(dtype) for x in (q, k, v)), *gate]
+        q, k, v = head_attention_inputs(
+            *(q, k, v, self.q_norm.weight, self.k_norm.weight),
+            eps=self.q_norm.eps,
+            offset=offset,
+            log_scale_base=self.log_scale_base,
+            rope=self.rope if "rope" in self else None,
+            rotation=self._rotation,
+        )
+        return [q, k, v, *gate]
 
-    def attend(self, q, k, v, mask, cache, *, scale, offset=None) -> mx.array:
-        """Attend to all keys and values of a cache; ``[B, T, H, D]``."""
+    def attend(self, q, k, v, mask, cache, offset=None) -> mx.array:
+        """Attend to all keys and values of a cache; ``[B, H, T, D]``."""
         T, quantised = q.shape[2], {}
         if hasattr(cache, "bits"):
             quantised = {"group_size": cache.group_size, "bits": cache.bits}
         keys = k[0] if quantised else k
-        o = head_attention(
+        return head_attention(
             q,
             k,
             v,
             self.kv_index,
-            scale=scale,
+            scale=self.scale,
             offset=keys.shape[2] - T if offset is None else offset,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
         )
-        return o.transpose(0, 2, 1, 3)
 
     def attend_from(self, q, k, v, where, splits) -> mx.array:
         """What :meth:`attend` gives, of the first key and value and an array of the offset."""
-        o = head_attention_prefill(
+        return head_attention_prefill(
             q, k, v, self.kv_index, scale=self.scale, offset=where, splits=splits
         )
-        return o.transpose(0, 2, 1, 3)
-
-
-def of_a_token(x: mx.array, heads: int) -> mx.array:
-    """``[B, 1, H * D]`` or ``[B, H * D]`` as ``[B, H, 1, D]``, by one view."""
-    return x.reshape(len(x), heads, 1, -1)
 
 
 def tokens_of(x: mx.array) -> int:
@@ -360,6 +333,7 @@ class Attention(nn.Module):
         return self.fused(kinds).astype(x.dtype)
 
     def full_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:
+        o = o.transpose(0, 2, 1, 3)
         return HeadOutputs(o, gate, self.full_eps, "sigmoid", _like(gate_bias, gate))
 
     def linear_outputs(self, o, gate=None, gate_bias=None) -> HeadOutputs:
@@ -504,17 +478,17 @@ class HydraHeadModel(nn.Module):
         linear_mask = padding_mask(first_linear, h.shape[1])
 
         run, entering = None, key_of(h) if prefills else None
-        of_ours = all(type(layer) is TransformerBlock for layer in self.layers)
+        of_ours = prefills and all(map(is_ours, self.layers))
         plain = linear_mask is None and not isinstance(full_mask, mx.array)
         # Weights that gradients are asked of are others; embeddings may be asked, too.
-        if known and prefills and of_ours and plain and (input_embeddings is None or begin(h)):
+        if known and of_ours and plain and (input_embeddings is None or begin(h)):
             run = self._compiled_prefill.runner(self.layers, h, cache, offset)
         for i, (layer, c) in enumerate(zip(self.layers, cache)):
             h = layer(h, full_mask, linear_mask, c, offset) if run is None else run(i, h, c)
             # Not the last: of most steps of a prefill its output is not asked for.
             if prefills and layer is not self.layers[-1]:
                 begin(h)
-        first = prefills and of_ours and run is None and not self.training
+        first = of_ours and run is None and not self.training
         if first:
             if runs_on_gpu():
                 # Weights, which a token would join, and which would be held as they were.
@@ -524,6 +498,14 @@ class HydraHeadModel(nn.Module):
         if (first or compiles) and not known:
             self._remembered.remember(self.layers)
         return self.norm(depends_on_counters(h, cache))
+
+
+def is_ours(layer: nn.Module) -> bool:
+    """Whether a layer does what its parts do; one of a class made of ours may do more."""
+    if type(layer) is not TransformerBlock or type(layer.self_attn) is not Attention:
+        return False
+    kinds = {"full": FullAttention, "linear": LinearAttention}
+    return all(type(layer.self_attn.get(kind)) in (of, type(None)) for kind, of in kinds.items())
 
 
 def begin(h: mx.array) -> bool:

@@ -13,7 +13,7 @@ import mlx.nn as nn
 from .. import kernels
 from .backend import resolve_backend
 from .fuse_heads import DTYPES
-from .gated_delta_step import HEAD_DIMS, TAPS, Rotation, Weights
+from .gated_delta_step import HEAD_DIMS, TAPS, Rotation, Weights, turned
 
 L2_NORM_EPS = 1e-6
 
@@ -55,7 +55,7 @@ def gated_delta_inputs(
         weights: of the heads.
         past: the convolution's last K - 1 inputs ``[B, K - 1, 3 * H * D]``, q, k and v side by
             side; zeros where it is None.
-        offset: position of the first token, an int or int32 ``[B]``.
+        offset: position of the first token, an int or int32 ``[B]`` or ``[1]``.
         mask: bool ``[B, T]``. A token whose entry is False counts as zeros in the convolution; the
             mask still has to go to the delta rule.
         lengths: int32 ``[B]``, after how many of these tokens the new past ends; after all of
@@ -128,7 +128,7 @@ def _by_ops(projections, weights, past, offset, mask, lengths, rope):
     q = mx.fast.rms_norm(q, weights.q_norm, weights.norm_eps)
     k = mx.fast.rms_norm(k, weights.k_norm, weights.norm_eps)
     if rope is not None:
-        q, k = (rope(x.swapaxes(1, 2), offset=offset).swapaxes(1, 2) for x in (q, k))
+        q, k = (turned(rope, x.swapaxes(1, 2), offset).swapaxes(1, 2) for x in (q, k))
     q, k = q.shape[-1] ** -0.5 * _l2_norm(q), _l2_norm(k)
 
     pace = nn.softplus(a.astype(mx.float32) + weights.dt_bias)

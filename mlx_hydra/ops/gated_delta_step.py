@@ -3,6 +3,7 @@
 The plain form of it is what ``models.hydrahead.LinearAttention`` does part by part.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Optional, Union
 
 import mlx.core as mx
@@ -52,6 +53,14 @@ class Rotation(NamedTuple):
 
     frequencies: mx.array
     scale: float = 1.0
+
+
+def turned(rope: Callable, x: mx.array, offset: Union[int, mx.array]) -> mx.array:
+    """RoPE of ``x [B, H, T, D]`` at all sequences' position (an int or ``[1]``) or each its own."""
+    if not isinstance(offset, int) and offset.size == 1 and len(x) > 1:
+        # RoPE would take its axis for the batch.
+        offset = offset.reshape(())
+    return rope(x, offset=offset)
 
 
 def step_backend(dtype: mx.Dtype, tokens: int, head_dim: int, taps: int) -> str:
@@ -113,7 +122,7 @@ def gated_delta_step(
         eps, full_eps: of the norm of the linear and of the full heads' outputs; None for no norm.
         gate_bias, full_gate_bias: what has yet to be added to the gates, ``[H * D]`` and
             ``[F * D]``; None for nothing.
-        full: outputs of the layer's full heads ``[B, T, F, D]``, where it has any.
+        full: outputs of the layer's full heads ``[B, F, T, D]``, where it has any.
         full_gate: the channel of ``projected`` where their gates start, before the sigmoid.
         backend: ``"metal"`` or ``"cuda"``, as :func:`step_backend` says.
 
@@ -123,7 +132,7 @@ def gated_delta_step(
     """
     B, *_, N = projected.shape
     (H,), (D,) = weights.A_log.shape, weights.q_norm.shape
-    F = 0 if full is None else full.shape[2]
+    F = 0 if full is None else full.shape[1]
     taps = 0 if weights.convolution is None else weights.convolution[0].shape[1]
 
     if state is None:

@@ -80,7 +80,7 @@ def head_attention(
     v: KeysOrValues,
     kv_index: Union[Sequence[int], mx.array],
     *,
-    scale: Union[float, mx.array],
+    scale: float,
     offset: Union[int, mx.array] = 0,
     mask: Optional[mx.array] = None,
     group_size: Optional[int] = None,
@@ -97,9 +97,9 @@ def head_attention(
             size; a head of k and v that no query head names is not read. Best given as Python
             ints: an array is evaluated.
         scale: what the scores are multiplied by.
-        offset: query t sees the keys 0 .. offset + t. Where :func:`takes_arrays` says so, scale
-            and offset may be arrays of one number, float32 and int32, that are not evaluated:
-            whether S is enough is not checked then, and an offset so given has no gradient.
+        offset: query t sees the keys 0 .. offset + t. Where :func:`takes_arrays` says so, it may
+            be an int32 array of one number that is not evaluated: whether S is enough is not
+            checked then, and there is no gradient.
         mask: bool ``[B, 1, T, S]``, in place of the causal rule (batches with padding).
         group_size, bits: how k and v are quantised; None for plain arrays.
         backend: ``"metal"`` and ``"cuda"`` are our kernels, for head sizes of 32, 64, 80, 96, 128
@@ -144,7 +144,7 @@ def head_attention(
 
 
 def takes_arrays(dtype: mx.Dtype, head_dim: int) -> bool:
-    """Whether decode steps with keys of a dtype run on kernels, which read numbers from arrays."""
+    """Whether decode steps with keys of a dtype run on kernels, which read an array's offset."""
     return dtype in DTYPES and head_dim in DECODE_HEAD_DIMS and kernels_run()
 
 
@@ -206,7 +206,7 @@ class _Call(NamedTuple):
     """What head_attention is asked for, beside its differentiable inputs."""
 
     index: tuple[int, ...]
-    scale: Union[float, mx.array]
+    scale: float
     offset: Union[int, mx.array]
     mask: Optional[mx.array]
     group_size: Optional[int]
@@ -314,7 +314,9 @@ def _run(q, k, v, call, backend, splits=None):
     B, Hf, T, D = q.shape
     S = (k if call.bits is None else k[0]).shape[2]
     n, heads, _ = _heads_by_group(call.index)
-    plan = _plan(q, call, backend)
+    plan, offset = _plan(q, call, backend), call.offset
+    if isinstance(offset, int):
+        offset = kernels.constant((offset,), mx.int32)
     if splits is None:
         total = call.offset + T if isinstance(call.offset, int) and call.mask is None else S
         keys = -(-total // plan.splits(B * n, total))
@@ -334,8 +336,8 @@ def _run(q, k, v, call, backend, splits=None):
         [
             *(q, k, k_scales, k_biases, v, v_scales, v_biases, mask),
             kernels.constant((plan.blocks, n, *heads), mx.int32),
-            _number(call.offset, mx.int32),
-            _number(call.scale, mx.float32),
+            offset,
+            kernels.constant((call.scale,), mx.float32),
         ],
         template=template,
         groups=(splits * plan.blocks, n, B),
@@ -368,10 +370,6 @@ def _heads_by_group(index):
         bounds.append(bounds[-1] + len(group))
     heads = [h for group in groups for h in group]
     return len(groups), (*sorted(set(index)), *bounds, *heads), max(map(len, groups))
-
-
-def _number(x, dtype):
-    return x if isinstance(x, mx.array) else kernels.constant((x,), dtype)
 
 
 def _gradients(q, k, v, cotangent, call):

@@ -15,7 +15,7 @@ import numpy as np
 from .. import kernels
 from .backend import resolve_backend
 from .fuse_heads import DTYPES
-from .gated_delta_step import HEAD_DIMS, Rotation
+from .gated_delta_step import HEAD_DIMS, Rotation, turned
 
 # What a lane reads at once, the tokens of a SIMD-group at most, and the SIMD-groups of a
 # threadgroup; see metal/head_attention_inputs.metal. Small, as heads are few.
@@ -46,8 +46,8 @@ def head_attention_inputs(
     """Make what :func:`head_attention` reads of the projections of x.
 
     Args:
-        q: projection ``[B, T, Hf * D]``.
-        k, v: projections ``[B, T, Hk * D]``.
+        q: projection ``[B, T, Hf * D]``, or ``[B, Hf * D]`` of one token of each sequence.
+        k, v: projections ``[B, T, Hk * D]``, or ``[B, Hk * D]``.
         q_norm, k_norm: weights of the RMSNorm of each head ``[D]``.
         eps: added to the mean square in these norms.
         offset: position of the first token, an int or int32 ``[B]`` or ``[1]``. RoPE turns by
@@ -106,7 +106,8 @@ def log_scales(offset: Union[int, mx.array], count: int, base: float) -> mx.arra
     if isinstance(offset, int):
         return _log_scales(offset, count, base)
     # Left padding has positions below zero, which nothing reads.
-    t = mx.maximum(offset[:, None, None] + mx.arange(count), 0).astype(mx.float32)
+    t = offset[:, None, None]
+    t = mx.maximum(t if count == 1 else t + mx.arange(count), 0).astype(mx.float32)
     return (mx.log(t + base) / math.log(base))[..., None]
 
 
@@ -119,15 +120,19 @@ def _log_scales(start, count, base):
 
 
 def _by_ops(q, k, v, q_norm, k_norm, eps, offset, log_scale_base, rope):
-    (B, T, _), (D,), dtype = q.shape, q_norm.shape, q.dtype
-    q, k, v = (x.reshape(B, T, x.shape[2] // D, D) for x in (q, k, v))
+    B, T, (D,), dtype = len(q), _tokens(q), q_norm.shape, q.dtype
+
+    def by_heads(x):
+        heads = x.shape[-1] // D
+        # One token's heads lie as all heads are to lie.
+        return x.reshape(B, heads, 1, D) if T == 1 else x.reshape(B, T, heads, D)
+
+    q, k, v = map(by_heads, (q, k, v))
     q, k = mx.fast.rms_norm(q, q_norm, eps), mx.fast.rms_norm(k, k_norm, eps)
-    q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+    if T != 1:
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
     if rope is not None:
-        # RoPE would take one for the batch.
-        alone = B > 1 and not isinstance(offset, int) and offset.size == 1
-        where = offset.reshape(()) if alone else offset
-        q, k = rope(q, offset=where), rope(k, offset=where)
+        q, k = turned(rope, q, offset), turned(rope, k, offset)
     if log_scale_base is not None:
         q = q * log_scales(offset, T, log_scale_base)
     return tuple(x.astype(dtype) for x in (q, k, v))
@@ -146,11 +151,15 @@ def _supported(q, k, v, q_norm, k_norm, offset, rotation):
         # So that no array of channels is one of those that Metal passes in another address space.
         and q_norm.size in HEAD_DIMS
         and (
-            _is_within(offset, q.shape[1]) if isinstance(offset, int) else offset.dtype == mx.int32
+            _is_within(offset, _tokens(q)) if isinstance(offset, int) else offset.dtype == mx.int32
         )
         and (rotation is None or _turns_pairs(rotation, q_norm.size))
     )
     return (gpu, "ops") if fits else ("ops",)
+
+
+def _tokens(q):
+    return 1 if q.ndim == 2 else q.shape[1]
 
 
 def _is_within(offset, T):
@@ -163,8 +172,8 @@ def _turns_pairs(rotation, D):
 
 
 def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, rotation):
-    (B, T, _), (D,) = q.shape, q_norm.shape
-    Hf, Hk = q.shape[2] // D, k.shape[2] // D
+    B, T, (D,) = len(q), _tokens(q), q_norm.shape
+    Hf, Hk = q.shape[-1] // D, k.shape[-1] // D
     if isinstance(offset, int):
         offset = kernels.constant((offset,), mx.int32)
     # A kernel has all its inputs always; others stand for those that it does not read.
@@ -204,12 +213,12 @@ def _check_shapes(q, k, v, q_norm, k_norm, offset):
     if k_norm.shape != (D,):
         fail("k_norm", k_norm, (D,))
     for name, x in (("q", q), ("k", k)):
-        if x.ndim != 3 or x.shape[2] % D:
-            fail(name, x, f"[B, T, H * {D}]")
-    B, T, _ = q.shape
-    if k.shape[:2] != (B, T):
-        fail("k", k, (B, T, k.shape[2]))
+        if x.ndim not in (2, 3) or x.shape[-1] % D:
+            fail(name, x, f"[B, T, H * {D}] or [B, H * {D}]")
+    *tokens, _ = q.shape
+    if list(k.shape[:-1]) != tokens:
+        fail("k", k, (*tokens, k.shape[-1]))
     if v.shape != k.shape:
         fail("v", v, tuple(k.shape))
-    if not isinstance(offset, int) and offset.shape not in ((1,), (B,)):
-        fail("offset", offset, f"[1] or [{B}]")
+    if not isinstance(offset, int) and offset.shape not in ((1,), (len(q),)):
+        fail("offset", offset, f"[1] or [{len(q)}]")
