@@ -15,6 +15,8 @@ import mlx.core as mx
 # `threadgroup float name[64];` and no pointer or argument.
 _THREADGROUP_ARRAY = re.compile(r"\bthreadgroup(?=\s+[\w:<>]+\s+\w+\s*\[)")
 _ADDRESS_SPACE = re.compile(r"\b(device|constant|threadgroup|thread)\s+")
+# What MLX tells of an input, where its text mentions it.
+_ABOUT = ("_shape", "_strides", "_ndim")
 _SHAPES = re.compile(r"\b\w+_(?:shape|strides|ndim)\b")
 _NOT_CODE = re.compile(r"^\s+|[ \t]*//.*$", re.MULTILINE)
 
@@ -63,10 +65,17 @@ class Kernel:
         output_shapes: Sequence[tuple],
         output_dtypes: Sequence[mx.Dtype],
     ) -> list[mx.array]:
-        """Run it on ``groups`` threadgroups of ``threads`` each; every group is whole."""
-        dtypes = tuple(x.dtype for x in inputs) if backend == "cuda" else ()
-        return _build(self, backend, dtypes)(
-            inputs=list(inputs),
+        """Run it on ``groups`` threadgroups of ``threads`` each; every group is whole.
+
+        A kernel has all its inputs always. An array that stands in for some which it does not
+        read goes to it once.
+        """
+        first = {}
+        same = tuple(first.setdefault(id(x), i) for i, x in enumerate(inputs))
+        given = [inputs[i] for i in first.values()]
+        dtypes = tuple(x.dtype for x in given) if backend == "cuda" else ()
+        return _build(self, backend, dtypes, same)(
+            inputs=given,
             template=list(template),
             grid=tuple(g * t for g, t in zip(groups, threads)),
             threadgroup=threads,
@@ -75,32 +84,52 @@ class Kernel:
         )
 
 
+# MLX keeps arrays of up to 8 bytes in the host's memory on CUDA, and every threadgroup that reads
+# one fetches it over the bus. Before so many others numbers lie in the GPU's own.
+_OTHERS = (0,) * 4
+
+
 @functools.lru_cache(maxsize=256)
 def constant(values: tuple, dtype: mx.Dtype) -> mx.array:
     """A kernel's few numbers, in one array for all layers and steps.
 
     A new one would have to be brought over by page faults on CUDA, for every call.
     """
-    return mx.array(values, dtype)
+    array = (mx.array((*values, *_OTHERS), dtype) + 0)[: len(values)]
+    mx.eval(array)
+    return array
+
+
+def near(number: int) -> mx.array:
+    """A number as int32 ``[1]``, which changes from step to step, for many kernels to read."""
+    array = mx.array([number], mx.int32)
+    return (array + constant(_OTHERS, mx.int32))[:1] if gpu_backend() == "cuda" else array
 
 
 @functools.cache
-def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callable:
-    name = kernel.name
+def _build(
+    kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...], same: tuple[int, ...]
+) -> Callable:
+    name, text = kernel.name, read_text(f"{kernel.name}.metal")
+    others = stand_ins(kernel, text, same)
     if backend == "metal":
         make = mx.fast.metal_kernel
         header = "\n".join(map(read_text, kernel.headers))
-        body = read_text(f"{name}.metal")
+        body = others + text
+        if others:
+            # MLX tells kernels apart by their names.
+            name += f"_{int(hashlib.sha256(others.encode()).hexdigest()[:8], 16)}"
     else:
         make = mx.fast.cuda_kernel
         # The names of files tell their texts.
         header, body = cuda_text(kernel)
+        body = others + body
         # MLX before 0.32.4 keeps compiled CUDA kernels, on disk too, by name and template alone.
         text = f"{header}{body}{dtypes}"
         name += f"_{hashlib.sha256(text.encode()).hexdigest()[:12]}"
     return make(
         name=f"mlx_hydra_{name}",
-        input_names=list(kernel.inputs),
+        input_names=[n for i, n in enumerate(kernel.inputs) if same[i] == i],
         output_names=list(kernel.outputs),
         source=body,
         header=header,
@@ -109,6 +138,15 @@ def _build(kernel: Kernel, backend: str, dtypes: tuple[mx.Dtype, ...]) -> Callab
 
 
 cache_clear = _build.cache_clear
+
+
+def stand_ins(kernel: Kernel, text: str, same: Sequence[int]) -> str:
+    """Declares inputs that are others: of each, which one it is, ``same[i] == i`` if itself."""
+    lines = []
+    for name, other in ((kernel.inputs[i], kernel.inputs[j]) for i, j in enumerate(same) if i != j):
+        known = [part for part in ("", *_ABOUT) if not part or f"{name}{part}" in text]
+        lines += [f"const auto {name}{part} = {other}{part};\n" for part in known]
+    return "".join(lines)
 
 
 def cuda_text(kernel: Kernel) -> tuple[str, str]:

@@ -291,7 +291,7 @@ def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch, tmp_path):
         if isinstance(x, kernels.Kernel)
     ]
     for kernel in every:
-        kernels._build(kernel, "cuda", ())
+        kernels._build(kernel, "cuda", (), tuple(range(len(kernel.inputs))))
     kernels.cache_clear()
     assert len(texts) == len(list(kernels.folder().glob("*.metal")))
     for text in texts.values():
@@ -300,6 +300,64 @@ def test_cuda_knows_tiles_where_a_kernel_has_them(monkeypatch, tmp_path):
             for part in ("header", "source")
         )
         assert ("mma_16(" in header) == ("tile<" in body)
+
+
+@pytest.mark.parametrize("backend", [None, "metal", "cuda"])
+def test_few_numbers_are_what_they_were(backend, monkeypatch):
+    monkeypatch.setattr(kernels, "gpu_backend", lambda: backend)
+    for values, dtype in (((7,), mx.int32), ((-3, 2**31 - 1), mx.int32), ((1e-6, 0.5), mx.float32)):
+        kernels.constant.cache_clear()
+        found = kernels.constant(values, dtype)
+        assert found.dtype == dtype
+        assert np.array_equal(np.array(found), np.array(values, np.array(found).dtype))
+        assert kernels.constant(values, dtype) is found
+    # In a function that is compiled, too: it is not of that function.
+    kernels.constant.cache_clear()
+    double = mx.compile(lambda x: x * kernels.constant((2.0,), mx.float32))
+    assert double(mx.ones(3)).tolist() == [2, 2, 2]
+    assert kernels.constant((2.0,), mx.float32).tolist() == [2]
+    for number in (0, 131072, -5):
+        found = kernels.near(number)
+        assert (found.dtype, found.shape, found.item()) == (mx.int32, (1,), number)
+
+
+@pytest.mark.parametrize("backend", ["metal", "cuda"])
+def test_an_array_that_stands_in_for_others_is_passed_once(backend, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    built, called = [], []
+
+    def make(**text):
+        built.append(text)
+        return lambda **call: called.append(call["inputs"]) or [None]
+
+    monkeypatch.setattr(mx.fast, f"{backend}_kernel", make)
+    monkeypatch.setattr(
+        kernels, "read_text", lambda name: "o[0] = b[0] + a_shape[0] + b_shape[0] + c_strides[1];"
+    )
+    kernel = kernels.Kernel("some", ("a", "b", "c", "d"), ("o",))
+    x, y, z = mx.zeros(8), mx.ones(8), mx.ones(9)
+    launch = {"groups": (1, 1, 1), "threads": (32, 1, 1), "template": []}
+    kernels.cache_clear()
+    for inputs in ([x, y, x, y], [x, y, z, y], [x, y, z, mx.ones(8)], [y, z, y, z]):
+        kernel(backend, inputs, output_shapes=[(1,)], output_dtypes=[mx.float32], **launch)
+    kernels.cache_clear()
+    # What is built once is called twice.
+    names = [text["input_names"] for text in built]
+    assert names == [["a", "b"], ["a", "b", "c"], ["a", "b", "c", "d"]]
+    given = [[x, y], [x, y, z], [x, y, z], [y, z]]
+    for found, wanted in zip(called, given):
+        assert all(map(lambda a, b: a is b, found, wanted))
+    first, second, third = (text["source"].split("o[0]")[0] for text in built)
+    if backend == "metal":
+        assert third == ""
+        assert first == (
+            "const auto c = a;\nconst auto c_strides = a_strides;\nconst auto d = b;\n"
+        )
+        assert second == "const auto d = b;\n"
+    else:
+        assert "const auto c_strides = a_strides;" in first
+        assert "const auto c" not in second and "const auto d = b;" in second
+    assert len({text["name"] for text in built}) == 3
 
 
 def test_cuda_kernels_for_other_types_have_other_names(cuda_names):

@@ -169,9 +169,12 @@ struct device_piece<4> {
 
 template <int N, typename T>
 METAL_FUNC void read_run(const T* source, T* e) {
-  using Piece = typename device_piece<N * sizeof(T)>::type;
-  const Piece piece = *reinterpret_cast<const Piece*>(source);
-  memcpy(e, &piece, sizeof(Piece));
+  constexpr int AT_ONCE = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
+  using Piece = typename device_piece<AT_ONCE * sizeof(T)>::type;
+  for (int i = 0; i < N; i += AT_ONCE) {
+    const Piece piece = *reinterpret_cast<const Piece*>(source + i);
+    memcpy(e + i, &piece, sizeof(Piece));
+  }
 }
 
 template <int N, typename T>
