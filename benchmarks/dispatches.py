@@ -20,10 +20,10 @@ from mlx_lm.models import qwen3
 from mlx_lm.models.cache import KVCache
 
 from mlx_hydra import kernels
-from mlx_hydra.models import hydrahead
+from mlx_hydra.models import hydrahead, side_by_side
 from mlx_hydra.models.cache import full_part, linear_part, make_cache
 from mlx_hydra.models.compiled_step import traceable
-from mlx_hydra.models.hydrahead import HydraHeadModel, ModelArgs
+from mlx_hydra.models.hydrahead import HydraHeadModel, ModelArgs, is_ours
 
 VIEWS = {
     *("Broadcast", "BroadcastAxes", "AsStrided", "ExpandDims", "Squeeze", "Flatten", "Unflatten"),
@@ -104,6 +104,7 @@ def as_on_a_gpu(backend: str):
         mock.patch.object(nn, "softplus", marker("softplus")),
         mock.patch.object(qwen3, "swiglu", marker("swiglu")),
         mock.patch.object(hydrahead, "swiglu", marker("swiglu")),
+        mock.patch.object(side_by_side, "swiglu", marker("swiglu")),
         mock.patch.object(kernels, "gpu_backend", lambda: "metal"),
         mock.patch.object(hydrahead, "runs_on_gpu", lambda: True),
         mock.patch.dict(os.environ, {"MLX_HYDRA_BACKEND": backend}),
@@ -175,7 +176,7 @@ def compiled_layer(full_heads: list[int], backend: str) -> tuple[Counter, int]:
 
     def upto(layers):
         def step(x):
-            y, left = traceable(model.layers[:layers])(x, where, arrays[:layers])
+            y, left = traceable(model.layers[:layers], is_ours)(x, where, arrays[:layers])
             return [y, *(array for parts in left for part in parts for array in part)]
 
         return count(step, mx.zeros((1, 1, HIDDEN)))

@@ -15,7 +15,7 @@ results=benchmarks/results
   tests/test_gated_delta_kernels.py tests/test_gated_delta_inputs.py \
   tests/test_gated_delta_vjp_kernel.py tests/test_gated_delta_step.py \
   tests/test_head_attention_inputs.py tests/test_head_attention_kernels.py \
-  tests/test_fuse_heads_kernels.py \
+  tests/test_fuse_heads_kernels.py tests/test_normed_linear.py \
   tests/test_model_kernels.py --durations=20 2>&1 | tee "$results/kernel-tests-$name.txt"
 "$python" benchmarks/kernels.py --out "$results/kernels-$name.json"
 "$python" benchmarks/model.py --out "$results/model-$name.json"

@@ -25,10 +25,12 @@ from mlx_hydra.ops import fuse_heads, gated_delta, head_attention
 from mlx_hydra.ops.gated_delta_inputs import gated_delta_inputs
 from mlx_hydra.ops.gated_delta_step import Weights
 from mlx_hydra.ops.head_attention_inputs import head_attention_inputs
+from mlx_hydra.ops.normed_linear import normed_linear
 
 # Bytes a second, and products (multiply and add) a second in bfloat16: the makers' figures.
 DEVICES = {
     "H100": (3.35e12, 495e12),
+    "H200": (4.8e12, 495e12),
     "M1 Max": (400e9, 5.3e12),
     "M4 Max": (546e9, 9.2e12),
 }
@@ -200,6 +202,24 @@ def cases(backend):
     peers = {n: (laid_out(b), args) for n, b in (("ours", backend), ("ops", "ops"))}
     shape = f"T={T} heads={Hf} KV heads={Hk} D={D}"
     yield "head_attention_inputs", shape, moved, products, peers
+
+    h, update = (mx.random.normal((1, 2048)).astype(mx.bfloat16) for _ in range(2))
+    norm = mx.ones(2048, mx.bfloat16)
+    for name, N, bits in (("", 7968, None), (", SwiGLU", 12288, None), (", 4 bits", 7968, 4)):
+        weight = mx.random.normal((N, 2048)).astype(mx.bfloat16)
+        options = {"eps": 1e-6, "swiglu": N == 12288}
+        if bits is not None:
+            options |= {"group_size": 64, "bits": bits}
+            weight = mx.quantize(weight, group_size=64, bits=bits)
+        mx.eval(h, update, norm, weight)
+
+        def linear(backend, options=options):
+            return lambda *a: normed_linear(*a, **options, backend=backend)
+
+        args = h, update, norm, weight
+        peers = {n: (linear(b), args) for n, b in (("ours", backend), ("ops", "ops"))}
+        moved = sum(w.nbytes for w in ([weight] if bits is None else weight))
+        yield f"normed_linear{name}", f"1 row of 2,048 to {N:,}", moved, N * 2048, peers
 
     S, D = 131072, 128
     for Hf, Hk in ((2, 1), (16, 8)):

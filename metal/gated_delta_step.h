@@ -37,3 +37,64 @@ METAL_FUNC float conv_input(
   }
   return (valid >> (at - PAST)) & 1 ? float(now[(at - PAST) * stride]) : 0.0f;
 }
+
+// One row of head_attention_decode's parts brought together by a threadgroup: D numbers at `result`,
+// which all may read. `sums` has room for SIMD_GROUPS * D.
+template <int D, int SIMD_GROUPS, typename O, typename Stats>
+METAL_FUNC void bring_together(
+    const device O* parts,
+    Stats stats,
+    int splits,
+    size_t row,
+    threadgroup float* result,
+    threadgroup float* sums,
+    threadgroup float* maxima,
+    threadgroup float* weights,
+    int simd_group,
+    int lane) {
+  parts += row * splits * D;
+  stats += row * splits * 2;
+  float m = LOWEST;
+  for (int s = simd_group * 32 + lane; s < splits; s += 32 * SIMD_GROUPS) {
+    m = metal::max(m, stats[2 * s]);
+  }
+  m = simd_max(m);
+  if (lane == 0) {
+    maxima[simd_group] = m;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (short i = 0; i < SIMD_GROUPS; i++) {
+    m = metal::max(m, maxima[i]);
+  }
+  float weight = 0;
+  float sum[D / 32] = {0};
+#pragma unroll 4
+  for (int s = simd_group; s < splits; s += SIMD_GROUPS) {
+    const float kept = power_of_two(stats[2 * s] - m);
+    weight += kept * stats[2 * s + 1];
+#pragma unroll
+    for (short i = 0; i < D / 32; i++) {
+      sum[i] += kept * float(parts[s * D + lane + 32 * i]);
+    }
+  }
+#pragma unroll
+  for (short i = 0; i < D / 32; i++) {
+    sums[simd_group * D + lane + 32 * i] = sum[i];
+  }
+  if (lane == 0) {
+    weights[simd_group] = weight;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  weight = 0;
+  for (short i = 0; i < SIMD_GROUPS; i++) {
+    weight += weights[i];
+  }
+  for (int c = simd_group * 32 + lane; c < D; c += 32 * SIMD_GROUPS) {
+    float total = 0;
+    for (short i = 0; i < SIMD_GROUPS; i++) {
+      total += sums[i * D + c];
+    }
+    result[c] = weight > 0 ? total / weight : 0.0f;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+}

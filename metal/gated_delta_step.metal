@@ -16,7 +16,9 @@
 //   mask            bool [B, T], False for padding; not read unless MASKED
 //   A_log, dt_bias  float [H]
 //   state           float [B, H, D, D]: rows are values, columns keys
-//   full            [B, F, T, D]; not read if F is 0
+//   full            [B, F, T, D], or of PARTS float [B, F, T, splits, D] and
+//   stats           float [B, F, T, splits, 2], as head_attention_decode leaves them; neither is
+//                   read if F is 0
 //   bias, full_bias [H * D], [F * D]: yet to be added to the gates; not read unless BIAS, FULL_BIAS
 //   gamma           float [F + H]
 //   constants       float [4]: eps of q_norm and k_norm, RoPE's scale, eps of the fusion of linear
@@ -25,14 +27,14 @@
 //   new_state       as state
 //   new_past        as past; [1] and zero if TAPS is 0
 //
-// Template: X the type of projected, biases and out; P, W those of past and of the convolution's
-// weights; H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no gate: MLX's
-// CUDA names kernels after their integers, and takes no minus); the flags above, NORM and FULL_NORM;
-// THREADS.
+// Template: X the type of projected, biases and out; P, W, O those of past, of the convolution's
+// weights and of full; H, F, D (32, 64, 128 or 256), TAPS; N, FIRST, GATED, FULL_GATE_AT (N for no
+// gate: MLX's CUDA names kernels after their integers, and takes no minus); PARTS; the flags above,
+// NORM and FULL_NORM; THREADS.
 // Grid: (F + H, B) threadgroups of THREADS, a power of two from 32 to 8 D. Eight threads share a row
 // of the state, which is read and written once, and stays in registers; a thread has no more than 32
 // numbers of it at a time, and what does not fit follows in further turns.
-// Threadgroup memory: 96 D + 64 bytes.
+// Threadgroup memory: 96 D + 192 bytes.
 
 constexpr int MOST = 8;
 constexpr int SIMD_GROUPS = THREADS / 32;
@@ -50,6 +52,8 @@ constexpr int B_AT = A_AT + H;
 threadgroup float4 vectors[3 * MOST * D / 4];
 threadgroup float decay[MOST];
 threadgroup float rate[MOST];
+threadgroup float maxima[16];
+threadgroup float weights_of[16];
 
 const int T = projected_ndim == 2 ? 1 : projected_shape[1];
 const int batch = threadgroup_position_in_grid.y;
@@ -59,13 +63,24 @@ const short lane = thread_index_in_simdgroup;
 const short simd_group = simdgroup_index_in_threadgroup;
 const device X* rows = projected + size_t(batch) * T * N;
 
+threadgroup float* values = (threadgroup float*)vectors;
+
 if (place < F) {
+  if (PARTS) {
+    for (int t = 0; t < T; t++) {
+      bring_together<D, SIMD_GROUPS>(
+          full, stats, full_shape[3], size_t(batch * F + place) * T + t, values + t * D,
+          values + MOST * D, maxima, weights_of, simd_group, lane);
+    }
+  }
   for (int t = simd_group; t < T; t += SIMD_GROUPS) {
     const size_t token = batch * T + t;
     float x[COUNT];
     float squares = 0;
     for (short i = 0; i < COUNT; i++) {
-      x[i] = float(full[(size_t(batch * F + place) * T + t) * D + lane + 32 * i]);
+      const int c = lane + 32 * i;
+      x[i] = PARTS ? values[t * D + c]
+                   : float(full[(size_t(batch * F + place) * T + t) * D + c]);
       squares += x[i] * x[i];
     }
     float weight = gamma[place];
@@ -86,7 +101,6 @@ if (place < F) {
 }
 
 const int head = place - F;
-threadgroup float* values = (threadgroup float*)vectors;
 const size_t state_start = size_t(batch * H + head) * D * D;
 const device float4* state_rows = (const device float4*)(state + state_start);
 device float4* new_state_rows = (device float4*)(new_state + state_start);

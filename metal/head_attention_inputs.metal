@@ -5,11 +5,12 @@
 // All in float32, and rounded once.
 //
 //   q_in            [B, T, Hf * D], or [B, Hf * D] of one token, with any strides, as are
-//   k_in, v_in      [B, T, Hk * D]
+//   k_in, v_in      [B, T, Hk * D]; not read where constants tell Hf and Hk: then all are in q_in,
+//                   q, k and v side by side
 //   q_norm, k_norm  [D]
 //   frequencies     float [D / 2]: angle a position; not read unless ROPE
 //   offset          int [B] or [1]: the first token's position; a scale counts those below 0 as 0
-//   constants       float [4]: eps of the norms, RoPE's scale, a, 1 / log(a)
+//   constants       float [6]: eps of the norms, RoPE's scale, a, 1 / log(a), Hf, Hk; or 0 for these
 //   q               [B, Hf, T, D]
 //   k, v            [B, Hk, T, D]
 //
@@ -33,8 +34,9 @@ threadgroup float4 turns[ROPE ? TOKENS * D / 4 : 1];
 // The axis of channels; k_in and v_in have as many.
 const int last = q_in_ndim - 1;
 const int T = last == 1 ? 1 : q_in_shape[1];
-const int n_heads = q_in_shape[last] / D;
-const int n_kv_heads = k_in_shape[last] / D;
+const bool is_joined = constants[4] > 0;
+const int n_heads = is_joined ? int(constants[4]) : q_in_shape[last] / D;
+const int n_kv_heads = is_joined ? int(constants[5]) : k_in_shape[last] / D;
 // Queries, then keys, then values.
 const int first_value = n_heads + n_kv_heads;
 const int items = first_value + n_kv_heads;
@@ -59,28 +61,31 @@ long between = q_norm_strides[0];
 device X* out = q;
 int head = item;
 int heads = n_heads;
+// Where the head's channels are, counted in heads.
+int from = item;
 if (!is_query) {
+  weights = k_norm;
+  between = k_norm_strides[0];
+  out = is_value ? v : k;
+  head = item - (is_value ? first_value : n_heads);
+  heads = n_kv_heads;
+}
+if (!is_query && !is_joined) {
+  from = head;
   now = k_in + batch * k_in_strides[0] + first * k_in_strides[1];
   row = k_in_strides[1];
   apart = k_in_strides[last];
-  weights = k_norm;
-  between = k_norm_strides[0];
-  out = k;
-  head = item - n_heads;
-  heads = n_kv_heads;
 }
-if (is_value) {
+if (is_value && !is_joined) {
   now = v_in + batch * v_in_strides[0] + first * v_in_strides[1];
   row = v_in_strides[1];
   apart = v_in_strides[last];
-  out = v;
-  head = item - first_value;
 }
 if (last == 1) {
   // What was taken for its stride is that of channels.
   row = 0;
 }
-now += (head * D + lane * M) * apart;
+now += (from * D + lane * M) * apart;
 out += ((size_t(batch) * heads + head) * T + first) * D + lane * M;
 const bool wide = apart == 1 && row * sizeof(X) % pieces<M, X>::BYTES == 0 && may_be_wide<M>(now);
 

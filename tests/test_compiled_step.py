@@ -96,6 +96,7 @@ def compiled(monkeypatch, compiled_ops):
         hydrahead, "step_backend", lambda dtype, T, head_dim, taps: "metal" if T <= 8 else "ops"
     )
     monkeypatch.setattr(hydrahead, "head_attention", attention)
+    monkeypatch.setattr(hydrahead, "head_attention_parts", attention)
     monkeypatch.setattr(hydrahead, "gated_delta_step", delta_step)
     return compiled_ops
 
@@ -123,6 +124,7 @@ def test_norms_may_be_of_another_type(compiled, changes, monkeypatch):
         return attention(q, k, v, *arguments, **others).astype(q.dtype)
 
     monkeypatch.setattr(hydrahead, "head_attention", attend)
+    monkeypatch.setattr(hydrahead, "head_attention_parts", attend)
     model, tokens = tiny.model(**SIZES, **changes), tiny.tokens(4)
     for layer in model.layers:
         layer.set_dtype(mx.bfloat16, lambda dtype: dtype == mx.float32)
@@ -369,6 +371,7 @@ def test_layers_may_be_changed(compiled, change, tolerance, monkeypatch):
         return attention(q, *arguments, **others).astype(q.dtype)
 
     monkeypatch.setattr(hydrahead, "head_attention", attend)
+    monkeypatch.setattr(hydrahead, "head_attention_parts", attend)
     model, tokens = tiny.model(**SIZES), tiny.tokens(4)
     change(model)
     expected = read(model, tokens, begun(model), one_by_one=False)[:, 2:]
@@ -475,7 +478,8 @@ def test_ops_whose_rope_depends_on_the_length_are_not_compiled(compiled_ops):
 
 def test_the_keys_are_written_in_place(compiled, monkeypatch):
     # Holds nothing of the keys' size itself.
-    monkeypatch.setattr(hydrahead, "head_attention", lambda q, k, *_, **__: q + k[:, :1, :1])
+    for name in ("head_attention", "head_attention_parts"):
+        monkeypatch.setattr(hydrahead, name, lambda q, k, *_, **__: q + k[:, :1, :1])
     model, tokens = tiny.model(**SIZES), tiny.tokens(4)
     cache = begun(model, tokens=2000)
     read(model, tokens[:, :2], cache)

@@ -8,6 +8,7 @@ from delta_reference import from_projections, normed, plain, sigmoid
 from mlx_hydra import kernels
 from mlx_hydra.ops import gated_delta_step as module
 from mlx_hydra.ops.gated_delta_step import Rotation, Weights, gated_delta_step, step_backend
+from mlx_hydra.ops.head_attention import Parts
 
 BASE = {
     "dtype": "float32",
@@ -190,6 +191,51 @@ def test_a_token_of_each_sequence_may_come_without_an_axis_of_its_own(B, kernel_
     out, *left = gated_delta_step(**arguments, backend=kernel_backend)
     assert out.shape == (B, 4 * case["D"])
     check(case, arguments, (out[:, None], *left), expected)
+
+
+def in_parts(full, splits, seed=0):
+    """Parts that come together to these outputs, with scores of any size."""
+    rng = np.random.default_rng(seed)
+    shape = (*full.shape[:3], splits)
+    largest = rng.choice([-90.0, -3.5, 0.0, 2.25, 80.0], shape)
+    # Parts with no keys, as the last ones may be.
+    weights = rng.uniform(0.5, 3, shape) * (np.arange(splits) < max(1, splits - 2))
+    shares = weights * np.exp2(largest - largest.max(-1, keepdims=True))
+    noise = rng.standard_normal((*shape, full.shape[-1])) * (weights > 0)[..., None]
+    shares = shares[..., None] / shares.sum(-1)[..., None, None]
+    values = noise - (noise * shares).sum(-2, keepdims=True) + full[..., None, :]
+    sums = mx.array(weights[..., None] * values, mx.float32)
+    return Parts(sums, mx.array(np.stack([largest, weights], -1), mx.float32))
+
+
+@pytest.mark.parametrize(
+    "splits, changes",
+    [
+        (1, {}),
+        (1, {"F": 3, "T": 8, "B": 2}),
+        (7, {"D": 64, "F": 2, "dtype": "bfloat16", "full_gated": False}),
+        (40, {"D": 128, "T": 3, "dtype": "float16", "biases": ("full_gate_bias",)}),
+        (600, {"F": 2, "full_eps": None, "T": 2}),
+        (300, {"D": 256, "H": 1, "T": 8}),
+    ],
+    ids=str,
+)
+def test_attention_may_come_in_parts(splits, changes, kernel_backend):
+    case = BASE | changes
+    arguments = inputs(case)
+    expected = reference(case, arguments)
+    arguments["full"] = in_parts(plain(arguments["full"]), splits)
+    found = gated_delta_step(**arguments, backend=kernel_backend)
+    check(case, arguments, found, expected)
+
+
+def test_a_head_that_sees_nothing_gives_nothing(kernel_backend):
+    case = BASE | {"T": 2, "F": 2}
+    arguments = inputs(case)
+    sums, stats = in_parts(plain(arguments["full"]), 3)
+    arguments["full"] = Parts(0 * sums, mx.zeros_like(stats) + mx.array([-1e29, 0.0]))
+    out, *_ = gated_delta_step(**arguments, backend=kernel_backend)
+    assert not plain(out)[..., : 2 * case["D"]].any()
 
 
 @pytest.mark.parametrize("D", [64, 128, 256])

@@ -213,6 +213,32 @@ def test_any_shape_is_right(kernel_backend, data):
     check(run(arrays, arguments, kernel_backend), reference(arrays, arguments), case["dtype"])
 
 
+@pytest.mark.parametrize("others", [0, 5, 24])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"T": 1, "B": 3, "layout": "token", "heads": (3, 2), "base": 16},
+        {"T": 1, "layout": "token", "D": 128, "dtype": "bfloat16", "base": 512, "offset": "one"},
+        {"T": 6, "B": 2, "heads": (5, 3), "rope": 1.0, "base": 16, "offset": "a sequence"},
+        {"T": 9, "heads": (1, 1), "rope": 1.25, "dtype": "float16", "D": 32},
+    ],
+    ids=label,
+)
+def test_all_may_stand_side_by_side(changes, others, kernel_backend):
+    case = BASE | changes
+    arrays, arguments = inputs(case)
+    expected = reference(arrays, arguments)
+    after = mx.full((*arrays[0].shape[:-1], others), float("nan"), arrays[0].dtype)
+    joined = mx.concatenate([*arrays[:3], after], axis=-1)
+    for backend in (kernel_backend, "ops"):
+        if backend == "ops" and (case["dtype"] != "float32" or others):
+            continue
+        found = run(
+            [joined, None, None, *arrays[3:]], arguments | {"heads": case["heads"]}, backend
+        )
+        check(found, expected, case["dtype"])
+
+
 @pytest.mark.parametrize("dtype", ROUNDING)
 def test_arrays_may_lie_anywhere(dtype, kernel_backend):
     case = BASE | {"B": 3, "T": 6, "D": 128, "dtype": dtype, "rope": 1.0, "base": 16}
@@ -399,16 +425,22 @@ def test_shapes_that_do_not_fit_are_named():
     for base in (1, 0, -2.0):
         with pytest.raises(ValueError, match=f"log_scale_base={base}, expected a number over 1"):
             run(arrays, arguments | {"log_scale_base": base}, "ops")
+    joined = [mx.concatenate([q, k, v], axis=-1), None, None, q_norm, k_norm]
+    for heads in ((3, 1), (2, 2), (0, 1), (2, 0)):
+        with pytest.raises(ValueError, match=r"heads=.* of 64 channels in q, .* \(2, 7, 256\)"):
+            run(joined, arguments | {"heads": heads}, "ops")
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """The shapes of the queries that the kernel takes."""
+    """The shapes of the queries that the kernel takes, as they would lie by themselves."""
     found, by_kernel = [], module._by_kernel
 
-    def watched(backend, q, *others):
-        found.append(q.shape)
-        return by_kernel(backend, q, *others)
+    def watched(*arguments):
+        made = by_kernel(*arguments)
+        B, H, T, D = made[0].shape
+        found.append((B, T, H * D))
+        return made
 
     monkeypatch.setattr(module, "_by_kernel", watched)
     return found

@@ -10,7 +10,11 @@ import pytest
 
 from mlx_hydra import kernels
 from mlx_hydra.ops import head_attention
-from mlx_hydra.ops.head_attention import head_attention_prefill, prefill_splits
+from mlx_hydra.ops.head_attention import (
+    head_attention_parts,
+    head_attention_prefill,
+    prefill_splits,
+)
 
 MODULE = sys.modules["mlx_hydra.ops.head_attention"]
 ON_GPU = kernels.gpu_backend() is not None
@@ -209,6 +213,31 @@ def test_the_position_may_be_an_array(kernel_backend, T, offset, extra):
     # Of the splits that the length of the buffers calls for some have nothing to read.
     case = Case(T, offset, 32, extra=extra)
     case.check(kernel_backend, offset=mx.array([offset]))
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(1, 100, 32),
+        Case(1, 300, 128, mx.bfloat16, kv_index=(0, 0), B=1),
+        Case(1, 700, 64, extra=900),
+        Case(2, 40, 32, mx.float16, kv_index=(0,) * 9),
+    ],
+    ids=["a part", "two", "of which some are empty", "many queries"],
+)
+def test_parts_may_be_left_to_others(kernel_backend, case):
+    where = mx.array([case.offset])
+    found = head_attention_parts(
+        case.q, case.k, case.v, case.kv_index, scale=case.scale, offset=where
+    )
+    assert found.sums.dtype == found.stats.dtype == mx.float32
+    assert found.sums.shape == (*found.stats.shape[:-1], case.q.shape[-1])
+    sums, stats = map(in_float64, found)
+    largest, weights = stats[..., 0], stats[..., 1]
+    kept = np.exp2(largest - largest.max(-1, keepdims=True))
+    o = (kept[..., None] * sums).sum(-2) / (kept * weights).sum(-1)[..., None]
+    expected, bound = case.expected()
+    assert np.abs(o - expected).max() < bound
 
 
 @pytest.mark.parametrize("splits", [1, 2, 5])

@@ -12,7 +12,7 @@ from mlx_lm.utils import quantize_model
 from test_model import EXACT, SWITCHES, cast
 
 from mlx_hydra import kernels
-from mlx_hydra.models import compiled_step, hydrahead
+from mlx_hydra.models import compiled_step, hydrahead, side_by_side
 from mlx_hydra.models.cache import full_part, linear_part
 
 # The kernels take heads of 32 channels and more.
@@ -120,11 +120,25 @@ def error(x, truth):
     return mx.sqrt(mx.mean((x.astype(mx.float32) - truth) ** 2)).item()
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("rope", [False, True])
-def test_what_is_compiled_of_a_step_runs_on_the_kernels(batch, rope, steps, kernel_backend):
-    heads = {"rope": rope, "log_scale_base": 16, "gate": True}
-    model = tiny.model(**SIZES, full_attention=heads).eval()
+@pytest.fixture
+def sums(monkeypatch):
+    """Counts the products that take in what is before them."""
+    calls = []
+    run = side_by_side.normed_linear
+
+    def watched(h, *arguments, **options):
+        calls.append(len(h))
+        return run(h, *arguments, **options)
+
+    monkeypatch.setattr(side_by_side, "normed_linear", watched)
+    return calls
+
+
+def next_step(model, batch):
+    """A token's hidden state and norm of it, from a compiled step's function and an ordinary step.
+
+    And the arrays of the caches behind it, from both.
+    """
     tokens, cache = tiny.tokens(7, batch=batch), model.make_cache()
     mx.eval(model(tokens[:, :6], cache=cache))
     parts = [(full_part(c), linear_part(c)) for c in cache]
@@ -133,18 +147,92 @@ def test_what_is_compiled_of_a_step_runs_on_the_kernels(batch, rope, steps, kern
         for kv, part in parts
     ]
     token = model.model.embed_tokens(tokens[:, 6:])
-    step = compiled_step.traceable(model.layers)
-    steps.clear()
+    step = compiled_step.traceable(model.layers, hydrahead.is_ours)
     # As it is before it is compiled, which takes a GPU.
     found, left = step(token, [mx.array([6])], arrays)
-    assert steps == [1] * sum(part is not None for _, part in parts)
+    found = model.model.norm(found)
     expected = model.model(tokens[:, 6:], cache=cache)
-    assert tiny.distance(model.model.norm(found), expected) < 1e-4
-    for (kv, part), (of_full, of_linear) in zip(parts, left):
-        for x, y in zip(of_full, () if kv is None else (kv.keys, kv.values)):
-            assert tiny.distance(x[:, :, :7], y[:, :, :7]) < 1e-4
-        for x, y in zip(of_linear, () if part is None else part.cache):
-            assert tiny.distance(x, y) < 1e-4
+    kept = [
+        (
+            [] if kv is None else [x[:, :, :7] for x in (kv.keys, kv.values)],
+            [] if part is None else part.cache,
+        )
+        for kv, part in parts
+    ]
+    left = [([x[:, :, :7] for x in of_full], of_linear) for of_full, of_linear in left]
+    return (found, left), (expected, kept)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rope", [False, True])
+def test_what_is_compiled_of_a_step_runs_on_the_kernels(batch, rope, steps, sums, kernel_backend):
+    heads = {"rope": rope, "log_scale_base": 16, "gate": True}
+    model = tiny.model(**SIZES, full_attention=heads).eval()
+    (found, left), (expected, kept) = next_step(model, batch)
+    linear = sum("linear" in layer.self_attn for layer in model.layers)
+    # Of six tokens, of the compiled step and of the ordinary one.
+    assert steps == [6] * linear + [1] * 2 * linear
+    # Layers of full heads alone project for themselves, and all have an MLP.
+    assert sums == [batch] * (linear + len(model.layers))
+    assert tiny.distance(found, expected) < 1e-4
+    for x, y in zip(tree_flatten(left), tree_flatten(kept)):
+        assert tiny.distance(x[1], y[1]) < 1e-4
+
+
+WEIGHTS = {
+    "4 bits": (4, 32, {}),
+    "8 bits": (8, 64, {"hidden_size": 128}),
+    "an odd MLP": (None, None, {"intermediate_size": 50}),
+    "3 bits": (3, 32, {}),
+}
+
+
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_so_it_does_with_weights_of_any_kind(kind, sums, kernel_backend):
+    bits, group_size, changes = WEIGHTS[kind]
+    settings = {**SIZES, "hidden_size": 64, "intermediate_size": 64, **changes}
+    model = tiny.model(**settings).eval()
+    if bits is not None:
+        model, _ = quantize_model(model, tiny.config(**settings), group_size, bits)
+    (found, left), (expected, kept) = next_step(model, 2)
+    assert len(sums) == {"3 bits": 0, "an odd MLP": 2}.get(kind, 5)
+    assert tiny.distance(found, expected) < 1e-4
+    for x, y in zip(tree_flatten(left), tree_flatten(kept)):
+        assert tiny.distance(x[1], y[1]) < 1e-4
+
+
+@pytest.mark.parametrize("change", ["rows", "norm", "lora", "bias", "types", "layer"])
+def test_what_takes_no_sums_runs_part_by_part(change, sums, kernel_backend):
+    class Louder(hydrahead.TransformerBlock):
+        def __call__(self, *arguments, **options):
+            return 1.5 * super().__call__(*arguments, **options)
+
+    class Norm(nn.RMSNorm):
+        def __call__(self, x):
+            return 2 * super().__call__(x)
+
+    model, batch = tiny.model(**SIZES).eval(), 1
+    layer = model.layers[1]
+    if change == "rows":
+        batch = 5
+    elif change == "norm":
+        for layer in model.layers:
+            layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Norm
+    elif change == "lora":
+        keys = ["self_attn.linear.q_proj", "mlp.up_proj"]
+        linear_to_lora_layers(model, 3, {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": keys})
+    elif change == "bias":
+        layer.mlp.up_proj.bias = mx.arange(layer.mlp.up_proj.weight.shape[0]) / 10
+    elif change == "types":
+        layer.mlp.set_dtype(mx.bfloat16)
+    else:
+        layer.__class__ = Louder
+    (found, left), (expected, kept) = next_step(model, batch)
+    missing = {"rows": 5, "norm": 5, "lora": 5, "bias": 1, "types": 1, "layer": 2}[change]
+    assert len(sums) == 5 - missing
+    assert tiny.distance(found, expected) < (0.05 if change == "types" else 1e-4)
+    for x, y in zip(tree_flatten(left), tree_flatten(kept)):
+        assert tiny.distance(x[1], y[1]) < (0.05 if change == "types" else 1e-4)
 
 
 def test_a_prompt_of_a_few_tokens_starts_from_nothing(steps, kernel_backend, monkeypatch):

@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import ArraysCache
 
+from .. import kernels
 from ..ops.head_attention import prefill_splits
 from .cache import append, full_part, linear_part
 from .compiled_step import TRACES
@@ -61,7 +62,7 @@ class CompiledPrefill:
         traced = dict(self._traced)
         functions = traced.pop(key, None) or [functions_of(layer, leading) for layer in layers]
         self._traced = dict(list(traced.items())[1 - TRACES :]) | {key: functions}
-        where, empty, split = mx.array([offset]), {}, {}
+        where, empty, split = kernels.near(offset), {}, {}
 
         def run(n: int, h: mx.array, c: Any) -> mx.array:
             layer = layers[n]
@@ -148,7 +149,8 @@ def functions_of(layer: nn.Module, leading: tuple[int, int]) -> Optional[tuple[C
         projected = products.unbiased(x, projections, leading)
         of_full, of_linear = projected[:count], projected[count:]
         if of_full:
-            of_full = attention.full.heads(of_full, where)
+            q, k, v, *gate = of_full
+            of_full = (*attention.full.heads(q, k, v, where), *gate)
         cache = ArraysCache(size=len(states))
         cache.cache = list(states)
         o, gate = attention.linear(x, None, cache, where, of_linear)

@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache
 
+from .. import kernels
 from ..ops.backend import kernels_run
 from ..ops.head_attention import takes_arrays
 from .cache import CacheList, full_part, grow, linear_part
@@ -111,67 +112,77 @@ class CompiledStep:
     """Runs a model's layers on one token, as :func:`mx.compile` has traced them.
 
     An ordinary step has to run first (:class:`Remembered`). A cache that is full is made to grow.
+
+    Args:
+        takes_sums: whether a layer's ``of_sum`` does what calling it does.
     """
 
-    def __init__(self):
+    def __init__(self, takes_sums: Callable[[nn.Module], bool]):
+        self._takes_sums = takes_sums
         self.forget()
 
     def __reduce__(self):
-        return CompiledStep, ()
+        return CompiledStep, (self._takes_sums,)
 
     def forget(self) -> None:
         """Let go of what has been traced, which holds weights."""
         self._traced: dict[tuple, Callable] = {}
 
-    def takes(self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any]) -> bool:
-        """Whether the step is a token on a GPU, over plain caches.
+    def takes(self, layers: Sequence[nn.Module], h: mx.array, cache: Sequence[Any]) -> list[tuple]:
+        """The parts of each layer's cache, if the step is a token on a GPU, over plain caches.
 
-        On the CPU MLX would have to build kernels with the machine's compiler, for seconds.
+        Empty if not. On the CPU MLX would have to build kernels with the machine's compiler, for
+        seconds.
         """
         # What dropout draws would be drawn once.
         if h.shape[1] != 1 or layers[0].training or not runs_on_gpu():
-            return False
-        linears = (layer.self_attn.linear for layer in layers if "linear" in layer.self_attn)
-        heads = next(linears, None)
-        if heads is None or (kernels_run() and not takes_arrays(h.dtype, heads.head_dim)):
-            return False
+            return []
+        attentions = [layer.self_attn for layer in layers]
+        heads = next((a["linear"] for a in attentions if "linear" in a), None)
+        by_kernels = kernels_run()
+        if heads is None or (by_kernels and not takes_arrays(h.dtype, heads.head_dim)):
+            return []
+        parts = [(full_part(c), linear_part(c)) for c in cache]
         places = set()
-        for layer, c in zip(layers, cache):
-            full, linear = full_part(c), linear_part(c)
+        for attention, (full, linear) in zip(attentions, parts):
             if full is not None:
-                if not layer.self_attn.full.takes_arrays:
-                    return False
-                if type(full) is not KVCache or full.keys is None or full.keys.dtype != h.dtype:
-                    return False
+                if not attention["full"].takes_arrays or type(full) is not KVCache:
+                    return []
+                if full.keys is None or full.keys.dtype != h.dtype:
+                    return []
                 places.add((full.offset, full.keys.shape[2]))
             if linear is not None and (
                 linear.left_padding is not None
                 or linear.lengths is not None
                 or any(state is None for state in linear.cache)
             ):
-                return False
+                return []
         if len(places) != 1:
-            return False
+            return []
         offset, room = places.pop()
-        part = next(part for c in cache if (part := linear_part(c)) is not None)
-        by_kernels = heads.step_backend(h, part) != "ops"
-        return offset <= room and heads.takes_arrays and by_kernels == kernels_run()
+        part = next(part for _, part in parts if part is not None)
+        same = (heads.step_backend(h, part) != "ops") == by_kernels
+        return parts if same and offset <= room and heads.takes_arrays else []
 
-    def __call__(self, layers: list, h: mx.array, cache: Sequence[Any]) -> mx.array:
-        """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token."""
+    def __call__(self, layers: list, h: mx.array, parts: list[tuple]) -> mx.array:
+        """What the layers make of ``h [B, 1, hidden]``; the caches go on by a token.
+
+        Args:
+            parts: what :meth:`takes` gives.
+        """
         arrays = []
-        for c in cache:
-            full, linear = full_part(c), linear_part(c)
-            if full is not None and full.offset == full.keys.shape[2]:
-                grow(full)
+        for full, linear in parts:
+            if full is not None:
+                offset, room = full.offset, full.keys.shape[2]
+                if offset == room:
+                    grow(full)
+                    room = full.keys.shape[2]
             arrays.append(
                 (
                     () if full is None else (full.keys, full.values),
                     () if linear is None else tuple(linear.cache),
                 )
             )
-            if full is not None:
-                offset, room = full.offset, full.keys.shape[2]
         # mx.compile keeps what it has traced for every shape: a few, for sequences that take
         # turns, and no more as caches grow.
         by_kernels = kernels_run()
@@ -180,14 +191,15 @@ class CompiledStep:
         if key not in traced:
             # Put down in one piece: another thread may be here, too.
             kept = list(traced.items())[1 - TRACES :]
-            self._traced = traced = dict(kept) | {key: mx.compile(traceable(layers))}
-        where = [mx.array([offset])]
+            self._traced = traced = dict(kept) | {
+                key: mx.compile(traceable(layers, self._takes_sums))
+            }
+        where = [kernels.near(offset)]
         if not by_kernels:
             # Made here, for the number of rows must not stand in a compiled function either.
             where.append((mx.arange(room) <= offset)[None, None, None])
         h, arrays = traced[key](h, where, arrays)
-        for c, (of_full, of_linear) in zip(cache, arrays):
-            full, linear = full_part(c), linear_part(c)
+        for (full, linear), (of_full, of_linear) in zip(parts, arrays):
             if full is not None:
                 full.keys, full.values = of_full
                 full.offset += 1
@@ -200,15 +212,18 @@ def runs_on_gpu() -> bool:
     return mx.default_device() == mx.gpu
 
 
-def traceable(layers: Sequence[nn.Module]):
+def traceable(layers: Sequence[nn.Module], takes_sums: Callable[[nn.Module], bool]):
     """The layers as a function of arrays: hidden state, Position's, and arrays of each cache.
 
     Layers get the token's state as ``[B, hidden]``, whose products are one node of the graph each;
-    of ``[B, 1, hidden]`` MLX makes three, and the host handles each node for every token.
+    of ``[B, 1, hidden]`` MLX makes three, and the host handles each node for every token. Layers
+    that take sums get it in two parts, which the kernel adds that needs the sum next.
     """
 
     def step(h, where, arrays):
         left, position, h = [], Position(*where), h[:, 0]
+        nothing = mx.zeros(h.shape, h.dtype)
+        update = nothing
         for layer, (of_full, of_linear) in zip(layers, arrays):
             full = KVBuffers(*of_full, position) if of_full else None
             linear = None
@@ -217,13 +232,18 @@ def traceable(layers: Sequence[nn.Module]):
                 linear.cache = list(of_linear)
             parts = [part for part in (full, linear) if part is not None]
             cache = CacheList(*parts) if len(parts) == 2 else parts[0]
-            h = layer(h, None, None, cache, position.offset)
+            if takes_sums(layer):
+                h, update = layer.of_sum(h, update, cache, position.offset)
+            else:
+                h = layer(h + update, None, None, cache, position.offset)
+                update = nothing
             left.append(
                 (
                     () if full is None else (full.keys, full.values),
                     () if linear is None else tuple(linear.cache),
                 )
             )
+        h = h + update
         # Not by an axis put in, whose stride products take for that of other rows.
         return h.reshape(len(h), 1, -1), left
 

@@ -4,7 +4,7 @@ An attention layer holds two kinds of heads: a few keep causal softmax attention
 Gated DeltaNet heads (arXiv 2412.06464). docs/architecture.md tells which choices are the paper's.
 """
 
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +18,7 @@ from ..ops.backend import kernels_run
 from ..ops.fuse_heads import HeadOutputs, fuse_kinds
 from ..ops.gated_delta_inputs import gated_delta_inputs
 from ..ops.gated_delta_step import MOST_TOKENS, Weights, gated_delta_step, step_backend
-from ..ops.head_attention import head_attention_prefill
+from ..ops.head_attention import Parts, head_attention_parts, head_attention_prefill
 from ..ops.head_attention_inputs import head_attention_inputs
 from .cache import (
     CONV,
@@ -90,48 +90,56 @@ class FullAttention(nn.Module):
     def __call__(
         self, x, mask, cache, offset, projected=None
     ) -> tuple[mx.array, Optional[mx.array]]:
-        projected = projected or [projection(x) for projection in self.projections]
-        q, k, v, *gate = self.heads(projected, offset)
-        where = None
-        if isinstance(cache, KVBuffers):
-            # Which are read whole: what a token sees of them is told by an array.
-            mask = cache.position.seen
-            where = offset if mask is None else None
+        q, k, v, *gate = projected or [projection(x) for projection in self.projections]
+        q, k, v = self.heads(q, k, v, offset)
         if cache is not None:
             k, v = append(cache, k, v)
-        o = self.attend(q, k, v, mask, cache, where)
+        o = self.attend(q, k, v, mask, cache)
         return o, gate[0] if gate else None
 
-    def heads(self, projected, offset) -> list[mx.array]:
-        """Queries with the log scale, keys and values ``[B, H, T, D]``, and what else there is.
+    def step(self, projected, mask, cache, offset) -> Union[mx.array, Parts]:
+        """What attention gives a few tokens, or what :func:`gated_delta_step` makes that of.
 
         Args:
-            projected: outputs of the projections ``[B, T, H * D]``, or ``[B, H * D]`` of a token.
+            projected: the projections side by side ``[B, T, N]``, or ``[B, N]`` of a token, and
+                others after them.
         """
-        q, k, v, *gate = projected
-        q, k, v = head_attention_inputs(
+        heads = self.n_heads, self.n_kv_heads
+        q, k, v = self.heads(projected, None, None, offset, heads)
+        k, v = append(cache, k, v)
+        if isinstance(cache, KVBuffers):
+            return head_attention_parts(q, k, v, self.kv_index, scale=self.scale, offset=offset)
+        return self.attend(q, k, v, mask, cache)
+
+    def heads(self, q, k, v, offset, heads=None) -> tuple[mx.array, ...]:
+        """Queries with the log scale, keys and values ``[B, H, T, D]``, of their projections."""
+        return head_attention_inputs(
             *(q, k, v, self.q_norm.weight, self.k_norm.weight),
             eps=self.q_norm.eps,
             offset=offset,
             log_scale_base=self.log_scale_base,
             rope=self.rope if "rope" in self else None,
             rotation=self._rotation,
+            heads=heads,
         )
-        return [q, k, v, *gate]
 
-    def attend(self, q, k, v, mask, cache, offset=None) -> mx.array:
+    def attend(self, q, k, v, mask, cache) -> mx.array:
         """Attend to all keys and values of a cache; ``[B, H, T, D]``."""
         T, quantised = q.shape[2], {}
         if hasattr(cache, "bits"):
             quantised = {"group_size": cache.group_size, "bits": cache.bits}
-        keys = k[0] if quantised else k
+        offset = (k[0] if quantised else k).shape[2] - T
+        if isinstance(cache, KVBuffers):
+            # Which are read whole: what a token sees of them is told by an array.
+            mask = cache.position.seen
+            offset = cache.position.offset if mask is None else offset
         return head_attention(
             q,
             k,
             v,
             self.kv_index,
             scale=self.scale,
-            offset=keys.shape[2] - T if offset is None else offset,
+            offset=offset,
             mask=mask if isinstance(mask, mx.array) else None,
             **quantised,
         )
@@ -287,6 +295,15 @@ class Attention(nn.Module):
         heads = self.fused_heads(x, full_mask, linear_mask, cache, offset)
         return self.output(heads) if self.is_step(x, cache) else self.o_proj(heads)
 
+    def of_sum(self, h, update, norm, cache, offset) -> tuple[mx.array, mx.array]:
+        """The sum of a compiled step's ``[B, dim]`` each, and what this makes of its norm."""
+        backend = self.step_backend(h, cache)
+        if backend == "ops" or h.dtype != update.dtype:
+            h = h + update
+            return h, self(norm(h), None, None, cache, offset)
+        h, projected = self.side_by_side.of_sum(h, update, norm, self.projections)
+        return h, self.output(self._step(projected, None, None, cache, offset, backend))
+
     def is_step(self, x, cache) -> bool:
         """Whether x is a token or a few, for which the host's work is what takes time."""
         if tokens_of(x) == 1 and cache is not None and not self.training and runs_on_gpu():
@@ -315,7 +332,8 @@ class Attention(nn.Module):
         Of x ``[B, dim]``, the token of a compiled step, ``[B, H * D]``.
         """
         if (backend := self.step_backend(x, cache)) != "ops":
-            return self._step(x, full_mask, linear_mask, cache, offset, backend)
+            projected = self.side_by_side(x, self.projections)
+            return self._step(projected, full_mask, linear_mask, cache, offset, backend)
         if x.ndim == 2:
             return self.fused_heads(x[:, None], full_mask, linear_mask, cache, offset)[:, 0]
         kinds, of_full, of_linear, biases = [], None, None, (None, None)
@@ -366,18 +384,16 @@ class Attention(nn.Module):
         o = o.flatten(2)
         return o if gate is None else o * mx.sigmoid(gate)
 
-    def _step(self, x, full_mask, linear_mask, cache, offset, backend):
-        """A few tokens: one product for all projections, and one kernel for what follows."""
+    def _step(self, projected, full_mask, linear_mask, cache, offset, backend):
+        """A few tokens, of all projections side by side: attention, and one kernel for the rest."""
         of_full_heads = {}
-        projected = self.side_by_side(x, self.projections)
         full_bias, linear_bias = self.gate_biases()
         if "full" in self:
-            *parts, _ = mx.split(projected, self.full.ends, axis=-1)
-            o, gate = self.full(projected, full_mask, full_part(cache), offset, parts)
+            *_, gate_at, end = self.full.ends
             of_full_heads = {
-                "first": self.full.ends[-1],
-                "full": o,
-                "full_gate": None if gate is None else self.full.ends[-2],
+                "first": end,
+                "full": self.full.step(projected, full_mask, full_part(cache), offset),
+                "full_gate": gate_at if "g_proj" in self.full else None,
                 "full_gate_bias": full_bias,
                 "full_eps": self.full_eps,
             }
@@ -412,6 +428,17 @@ class TransformerBlock(nn.Module):
         x = self.post_attention_layernorm(h)
         return h + (self.feed_forward(x) if self.self_attn.is_step(x, cache) else self.mlp(x))
 
+    def of_sum(self, h, update, cache, offset) -> tuple[mx.array, mx.array]:
+        """What ``self(h + update)`` is the sum of, in a compiled step: ``[B, dim]`` each."""
+        h, update = self.self_attn.of_sum(h, update, self.input_layernorm, cache, offset)
+        mlp, norm = self.mlp, self.post_attention_layernorm
+        if type(mlp) is not MLP:
+            h = h + update
+            return h, mlp(norm(h))
+        of_both = [mlp.gate_proj, mlp.up_proj]
+        h, x = self._side_by_side.of_sum(h, update, norm, of_both, together=True)
+        return h, self._down.apart(x, [mlp.down_proj])[0]
+
     def feed_forward(self, x, together=True) -> mx.array:
         """What the MLP makes of x, of weights that lie turned; not for training.
 
@@ -445,7 +472,7 @@ class HydraHeadModel(nn.Module):
         self.layers = [TransformerBlock(args, layer) for layer in range(args.num_hidden_layers)]
         self.norm = nn.RMSNorm(args.hidden_size, eps=args.rms_norm_eps)
         self._remembered = Remembered()
-        self._compiled_step, self._compiled_prefill = CompiledStep(), CompiledPrefill()
+        self._compiled_step, self._compiled_prefill = CompiledStep(is_ours), CompiledPrefill()
 
     def __call__(
         self,
@@ -456,10 +483,10 @@ class HydraHeadModel(nn.Module):
         h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
         if cache is None:
             cache = [None] * len(self.layers)
-        compiles = self._compiled_step.takes(self.layers, h, cache)
+        parts = self._compiled_step.takes(self.layers, h, cache)
         known = not self.training and self._remembered.remembers(self.layers)
-        if known and compiles:
-            return self.norm(self._compiled_step(self.layers, h, cache))
+        if known and parts:
+            return self.norm(self._compiled_step(self.layers, h, parts))
         prefills = cache[0] is not None and h.shape[1] >= PREFILL and kernels_run()
         if self.training or not (known or self._remembered.is_empty):
             # The weights are others, or will be soon: these would be held beside them.
@@ -495,7 +522,7 @@ class HydraHeadModel(nn.Module):
                 for layer in self.layers:
                     layer.join()
             self._compiled_prefill.remember(entering)
-        if (first or compiles) and not known:
+        if (first or parts) and not known:
             self._remembered.remember(self.layers)
         return self.norm(depends_on_counters(h, cache))
 

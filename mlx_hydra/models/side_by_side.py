@@ -5,10 +5,13 @@ import operator
 import threading
 from collections.abc import Callable, Sequence
 from itertools import accumulate, groupby, pairwise
-from typing import NamedTuple, Optional
+from typing import Any, NamedTuple, Optional
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.activations import swiglu
+
+from ..ops.normed_linear import linear_backend, normed_linear
 
 # Two threads that join the same layers would each take the other's half-made weights for new ones.
 _JOINING = threading.Lock()
@@ -16,6 +19,14 @@ _JOINING = threading.Lock()
 
 # Up to so many parts of an array MLX makes as one node of the graph, and more as a node each.
 MOST_PARTS = 10
+
+
+class _Weights(NamedTuple):
+    """What layers multiply with, one below the other, as :func:`normed_linear` takes it."""
+
+    weight: Any
+    group_size: Optional[int] = None
+    bits: Optional[int] = None
 
 
 class _Group(NamedTuple):
@@ -29,6 +40,10 @@ class _Group(NamedTuple):
     biases: Sequence[Optional[mx.array]]
     ends: Sequence[Optional[int]]
     each: Sequence[Callable[[mx.array], mx.array]]
+    # None where they are of another kind, or layers do something else.
+    weights: Optional[_Weights] = None
+    # Whether zeros follow the layers' outputs.
+    is_padded: bool = False
 
     def split(self, outputs: mx.array) -> list[mx.array]:
         """Slices of the product, one a layer."""
@@ -80,6 +95,31 @@ class SideBySide:
         *groups, last = self._groups(layers)
         outputs = [group.bare(x)[..., : group.ends[-1]] for group in groups] + [last.bare(x)]
         return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=-1)
+
+    def of_sum(
+        self,
+        h: mx.array,
+        update: mx.array,
+        norm: nn.Module,
+        layers: Sequence[nn.Module],
+        together: bool = False,
+    ) -> tuple[mx.array, mx.array]:
+        """``h + update`` of a few rows ``[B, dim]``, and what a call gives of its norm.
+
+        In one kernel where that takes it, without a gradient.
+
+        Args:
+            together: give SwiGLU of two layers' outputs, with their biases, instead.
+        """
+        if (found := _operands(self._groups(layers), norm, together)) is not None:
+            arguments = (h, update, norm.weight, found.pop("weight"))
+            if (backend := linear_backend(*arguments, **found)) != "ops":
+                return normed_linear(
+                    *arguments, eps=norm.eps, swiglu=together, backend=backend, **found
+                )
+        total = h + update
+        x = norm(total)
+        return total, swiglu(*self.apart(x, layers)) if together else self(x, layers)
 
     def apart(self, x: mx.array, layers: Sequence[nn.Module]) -> list[mx.array]:
         """The layers' outputs, each by itself: slices, where a product has several."""
@@ -134,6 +174,18 @@ class SideBySide:
         return groups
 
 
+def _operands(groups, norm, together):
+    """What :func:`normed_linear` multiplies with, by its names; None where it would be wrong."""
+    first, *others = groups
+    if type(norm) is not nn.RMSNorm or any(group.weights is None for group in groups):
+        return None
+    if together and (others or any(b is not None for b in first.biases) or first.is_padded):
+        return None
+    if len(others) > 1 or any(group.weights.bits is not None for group in others):
+        return None
+    return first.weights._asdict() | {"tail": others[0].weights.weight if others else None}
+
+
 def _parts(layers):
     # What stands in for a layer may be no module.
     return [part for x in layers for part in (x.values() if isinstance(x, nn.Module) else [x])]
@@ -186,7 +238,22 @@ class _Product:
 
 
 def _alone(layer):
-    return _Group(layer, layer, [None], [None], [layer])
+    return _Group(layer, layer, [None], [None], [layer], _weights(layer))
+
+
+def _weights(layer):
+    """Those of a layer without a bias of its own."""
+    if type(layer) is nn.Linear and "bias" not in layer:
+        return _Weights(layer.weight)
+    if type(layer) is nn.QuantizedLinear and "bias" not in layer:
+        return _packed(layer)
+    return None
+
+
+def _packed(layer):
+    if getattr(layer, "mode", "affine") != "affine":
+        return None
+    return _Weights((layer.weight, layer.scales, layer.biases), layer.group_size, layer.bits)
 
 
 def _join(layers):
@@ -196,7 +263,9 @@ def _join(layers):
         if not is_plain:
             return _alone(first)
         biased = _Product(first.weight, *biases)
-        return _Group(_Product(first.weight), biased, biases, [None], [biased])
+        return _Group(
+            _Product(first.weight), biased, biases, [None], [biased], _Weights(first.weight)
+        )
     sizes = [layer.weight.shape[0] for layer in layers]
     ends = list(accumulate(sizes))
     # cuBLAS leaves its fast products to rows of whole 16 bytes.
@@ -222,9 +291,10 @@ def _join(layers):
     if is_plain:
         weight = joined["weight"]
         each = [_Product(layer.weight, bias) for layer, bias in zip(layers, biases)]
-        return _Group(_Product(weight), _Product(weight, joined.get("bias")), biases, ends, each)
+        bare, biased = _Product(weight), _Product(weight, joined.get("bias"))
+        return _Group(bare, biased, biases, ends, each, _Weights(weight), padding > 0)
     bare, biased = copy.copy(first), copy.copy(first)
     for name, array in joined.items():
         bare[name] = biased[name] = array
     bare.pop("bias", None)
-    return _Group(bare, biased, biases, ends, layers)
+    return _Group(bare, biased, biases, ends, layers, _packed(bare))

@@ -11,6 +11,7 @@ import mlx.core as mx
 from .. import kernels
 from .backend import resolve_backend
 from .fuse_heads import DTYPES
+from .head_attention import Parts
 
 MOST_TOKENS = 8
 HEAD_DIMS = (32, 64, 128, 256)
@@ -24,11 +25,11 @@ KERNEL = kernels.Kernel(
     "gated_delta_step",
     (
         *("projected", "q_conv", "k_conv", "v_conv", "past", "q_norm", "k_norm", "frequencies"),
-        *("offset", "mask", "A_log", "dt_bias", "state", "full", "bias", "full_bias", "gamma"),
-        "constants",
+        *("offset", "mask", "A_log", "dt_bias", "state", "full", "stats", "bias", "full_bias"),
+        *("gamma", "constants"),
     ),
     ("out", "new_state", "new_past"),
-    ("heads.h", "gated_delta_step.h"),
+    ("heads.h", "keys_values.h", "gated_delta_step.h"),
     contiguous=True,
 )
 
@@ -94,7 +95,7 @@ def gated_delta_step(
     eps: Optional[float],
     first: int = 0,
     gate_bias: Optional[mx.array] = None,
-    full: Optional[mx.array] = None,
+    full: Union[mx.array, Parts, None] = None,
     full_gate: Optional[int] = None,
     full_gate_bias: Optional[mx.array] = None,
     full_eps: Optional[float] = None,
@@ -122,7 +123,8 @@ def gated_delta_step(
         eps, full_eps: of the norm of the linear and of the full heads' outputs; None for no norm.
         gate_bias, full_gate_bias: what has yet to be added to the gates, ``[H * D]`` and
             ``[F * D]``; None for nothing.
-        full: outputs of the layer's full heads ``[B, F, T, D]``, where it has any.
+        full: outputs of the layer's full heads ``[B, F, T, D]``, where it has any, or what
+            :func:`head_attention_parts` gives.
         full_gate: the channel of ``projected`` where their gates start, before the sigmoid.
         backend: ``"metal"`` or ``"cuda"``, as :func:`step_backend` says.
 
@@ -132,6 +134,7 @@ def gated_delta_step(
     """
     B, *_, N = projected.shape
     (H,), (D,) = weights.A_log.shape, weights.q_norm.shape
+    full, stats = full if isinstance(full, Parts) else (full, None)
     F = 0 if full is None else full.shape[1]
     taps = 0 if weights.convolution is None else weights.convolution[0].shape[1]
 
@@ -153,7 +156,7 @@ def gated_delta_step(
         [
             *(projected, *convolution, past, weights.q_norm, weights.k_norm, frequencies),
             *(offset, offset if mask is None else mask, weights.A_log, weights.dt_bias),
-            *(state, state if full is None else full),
+            *(state, state if full is None else full, state if stats is None else stats),
             *(projected if b is None else b.astype(projected.dtype) for b in biases),
             gamma,
             kernels.constant((weights.norm_eps, scale, eps or 0.0, full_eps or 0.0), mx.float32),
@@ -161,6 +164,7 @@ def gated_delta_step(
         template=[
             *(("X", projected.dtype), ("P", past.dtype), ("W", convolution[0].dtype)),
             *(("H", H), ("F", F), ("D", D), ("TAPS", taps), ("N", N), ("FIRST", first)),
+            *(("O", mx.float32 if full is None else full.dtype), ("PARTS", stats is not None)),
             *(("GATED", N - first >= (4 * D + 2) * H),),
             *(("FULL_GATE_AT", N if full_gate is None else full_gate),),
             *(("ROPE", rotation is not None), ("MASKED", mask is not None)),

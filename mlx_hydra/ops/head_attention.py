@@ -202,6 +202,39 @@ def head_attention_prefill(
     return _run(q, k, v, call, kernels.gpu_backend(), splits)
 
 
+class Parts(NamedTuple):
+    """Attention over parts of the keys, which have yet to be brought together.
+
+    sums: float32 ``[B, Hf, T, parts, D]``, values times their weights in each part.
+    stats: float32 ``[B, Hf, T, parts, 2]``, the largest score of a part in powers of two, and the
+    sum of its weights, which are powers of two below that.
+    """
+
+    sums: mx.array
+    stats: mx.array
+
+
+def head_attention_parts(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    kv_index: Sequence[int],
+    *,
+    scale: float,
+    offset: mx.array,
+) -> Parts:
+    """Attend as :func:`head_attention` does for few queries, and leave the last step to others.
+
+    Where :func:`takes_arrays` says so, for up to 8 queries a KV head. It has no gradient.
+
+    Args:
+        q, k, v, kv_index, scale: as :func:`head_attention` takes them; plain keys of q's dtype.
+        offset: int32 ``[1]``.
+    """
+    call = _Call(tuple(kv_index), scale, offset, None, None, None)
+    return Parts(*_attend(q, k, v, call, kernels.gpu_backend(), None, apart=True))
+
+
 class _Call(NamedTuple):
     """What head_attention is asked for, beside its differentiable inputs."""
 
@@ -311,6 +344,25 @@ def _plan(q, call, backend):
 
 
 def _run(q, k, v, call, backend, splits=None):
+    (B, Hf, T, D), (o, stats) = q.shape, _attend(q, k, v, call, backend, splits)
+    if o.ndim == 4:
+        return o
+    outputs = B * Hf * T
+    simdgroups = MERGE_SIMDGROUPS if outputs < MERGE_ROWS else 1
+    (o,) = _MERGE(
+        backend,
+        [o, stats],
+        template=[("T", q.dtype), ("SIMDGROUPS", simdgroups)],
+        groups=(-(-D // 32), -(-outputs * simdgroups // MERGE_SIMDGROUPS), 1),
+        threads=(32 * MERGE_SIMDGROUPS, 1, 1),
+        output_shapes=[(B, Hf, T, D)],
+        output_dtypes=[q.dtype],
+    )
+    return o
+
+
+def _attend(q, k, v, call, backend, splits, apart=False):
+    """``[B, Hf, T, D]``, and nothing; or :class:`Parts`, where they are several or left apart."""
     B, Hf, T, D = q.shape
     S = (k if call.bits is None else k[0]).shape[2]
     n, heads, _ = _heads_by_group(call.index)
@@ -325,13 +377,13 @@ def _run(q, k, v, call, backend, splits=None):
     k, k_scales, k_biases = (k, q, q) if call.bits is None else k
     v, v_scales, v_biases = (v, q, q) if call.bits is None else v
     mask = q if call.mask is None else mx.broadcast_to(call.mask, (B, 1, T, S))
-    whole = splits == 1
+    whole = splits == 1 and not apart
     shape = (B, Hf, T, D) if whole else (B, Hf, T, splits, D)
     out = q.dtype if whole else mx.float32
     template = [*plan.template, ("T", q.dtype), ("Out", out), ("D", D)]
     template += [("BITS", call.bits or 0), ("GROUP", call.group_size or D)]
     template += [("MASKED", call.mask is not None), ("WHOLE", whole)]
-    o, stats = plan.kernel(
+    return plan.kernel(
         backend,
         [
             *(q, k, k_scales, k_biases, v, v_scales, v_biases, mask),
@@ -345,20 +397,6 @@ def _run(q, k, v, call, backend, splits=None):
         output_shapes=[shape, (1,) if whole else (B, Hf, T, splits, 2)],
         output_dtypes=[out, mx.float32],
     )
-    if whole:
-        return o
-    outputs = B * Hf * T
-    simdgroups = MERGE_SIMDGROUPS if outputs < MERGE_ROWS else 1
-    (o,) = _MERGE(
-        backend,
-        [o, stats],
-        template=[("T", q.dtype), ("SIMDGROUPS", simdgroups)],
-        groups=(-(-D // 32), -(-outputs * simdgroups // MERGE_SIMDGROUPS), 1),
-        threads=(32 * MERGE_SIMDGROUPS, 1, 1),
-        output_shapes=[(B, Hf, T, D)],
-        output_dtypes=[q.dtype],
-    )
-    return o
 
 
 @functools.lru_cache(maxsize=256)

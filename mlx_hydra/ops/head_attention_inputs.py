@@ -31,8 +31,8 @@ _KERNEL = kernels.Kernel(
 
 def head_attention_inputs(
     q: mx.array,
-    k: mx.array,
-    v: mx.array,
+    k: Optional[mx.array],
+    v: Optional[mx.array],
     q_norm: mx.array,
     k_norm: mx.array,
     *,
@@ -41,13 +41,14 @@ def head_attention_inputs(
     log_scale_base: Optional[float] = None,
     rope: Optional[Callable] = None,
     rotation: Optional[Rotation] = None,
+    heads: Optional[tuple[int, int]] = None,
     backend: str = "auto",
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Make what :func:`head_attention` reads of the projections of x.
 
     Args:
         q: projection ``[B, T, Hf * D]``, or ``[B, Hf * D]`` of one token of each sequence.
-        k, v: projections ``[B, T, Hk * D]``, or ``[B, Hk * D]``.
+        k, v: projections ``[B, T, Hk * D]``, or ``[B, Hk * D]``; None with ``heads``.
         q_norm, k_norm: weights of the RMSNorm of each head ``[D]``.
         eps: added to the mean square in these norms.
         offset: position of the first token, an int or int32 ``[B]`` or ``[1]``. RoPE turns by
@@ -56,6 +57,8 @@ def head_attention_inputs(
             multiplied; None for no such scale. Positions below 0, as left padding has, count as 0.
         rope: called with queries or keys ``[B, H, T, D]`` and ``offset``; None for no RoPE.
         rotation: what ``rope`` does; None where that is not known, or depends on the length.
+        heads: Hf and Hk, where queries, keys and values stand side by side in q, and others may
+            follow. Then the kernel has no gradient.
         backend: ``"auto"``, ``"ops"``, or ``"metal"`` or ``"cuda"``: one kernel, with all
             arithmetic in float32 and one rounding, for projections of one dtype and norms of one
             (float32, float16 or bfloat16), heads of 32, 64, 128 or 256 channels (not 80 and 96),
@@ -70,6 +73,9 @@ def head_attention_inputs(
         ValueError: shapes that do not fit together, a base of 1 or below, or a backend that is not
             there.
     """
+    joined = q
+    if heads is not None:
+        q, k, v = _parts(joined, heads, q_norm)
     _check_shapes(q, k, v, q_norm, k_norm, offset)
     if log_scale_base is not None and not log_scale_base > 1:
         raise ValueError(
@@ -86,10 +92,13 @@ def head_attention_inputs(
 
     if backend == "ops":
         return by_ops(*primals)
+    others = eps, offset, log_scale_base, rotation
+    if heads is not None:
+        return tuple(_by_kernel(backend, *(joined,) * 3, q_norm, k_norm, *others, heads))
 
     @mx.custom_function
     def by_kernel(*arrays):
-        return _by_kernel(backend, *arrays, eps, offset, log_scale_base, rotation)
+        return _by_kernel(backend, *arrays, *others)
 
     @by_kernel.vjp
     def by_kernel_vjp(primals, cotangents, _):
@@ -171,14 +180,15 @@ def _turns_pairs(rotation, D):
     return frequencies.dtype == mx.float32 and 2 * frequencies.size == D
 
 
-def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, rotation):
+def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, rotation, heads=None):
     B, T, (D,) = len(q), _tokens(q), q_norm.shape
-    Hf, Hk = q.shape[-1] // D, k.shape[-1] // D
+    Hf, Hk = heads or (q.shape[-1] // D, k.shape[-1] // D)
     if isinstance(offset, int):
         offset = kernels.constant((offset,), mx.int32)
     # A kernel has all its inputs always; others stand for those that it does not read.
     frequencies, scale = (q_norm, 1.0) if rotation is None else rotation
     base = math.e if log_scale_base is None else log_scale_base
+    constants = eps, scale, base, 1 / math.log(base), *(heads or (0, 0))
     tokens = max(1, min(_MOST_TOKENS, 32 * _BYTES // (D * q.dtype.size)))
     # As many SIMD-groups in each threadgroup as are needed, and no threadgroup idle.
     items = Hf + 2 * Hk
@@ -187,7 +197,7 @@ def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, ro
         backend,
         [
             *(q, k, v, q_norm, k_norm, frequencies, offset),
-            kernels.constant((eps, scale, base, 1 / math.log(base)), mx.float32),
+            kernels.constant(constants, mx.float32),
         ],
         # Metal tells kernels apart by these alone: the types are among them.
         template=[
@@ -199,6 +209,18 @@ def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, ro
         output_shapes=[(B, Hf, T, D), (B, Hk, T, D), (B, Hk, T, D)],
         output_dtypes=[q.dtype] * 3,
     )
+
+
+def _parts(joined, heads, q_norm):
+    """Queries, keys and values as they stand side by side: views."""
+    (Hf, Hk), D = heads, q_norm.size
+    ends = [Hf * D, (Hf + Hk) * D, (Hf + 2 * Hk) * D]
+    if min(heads) < 1 or joined.ndim < 2 or joined.shape[-1] < ends[-1]:
+        raise ValueError(
+            f"head_attention_inputs: heads={heads} of {D} channels in q, which has shape "
+            f"{tuple(joined.shape)}."
+        )
+    return mx.split(joined, ends, axis=-1)[:3]
 
 
 def _check_shapes(q, k, v, q_norm, k_norm, offset):
