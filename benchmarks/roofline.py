@@ -24,6 +24,7 @@ import metalsim
 from metalsim.testing import AppleGatedDelta
 
 from mlx_hydra.ops import fuse_heads, gated_delta, head_attention
+from mlx_hydra.ops.normed_linear import normed_linear
 
 # Bytes a second as Apple tells them, and float32 products (multiply and add) a second: GPU cores
 # times 128 lanes times the clock. The matrix units of M5's GPU cores are not counted: our kernels
@@ -72,6 +73,15 @@ def fusion(T):
     return lambda: fuse_heads(o, gamma, gate, eps=1e-6, backend="metal")
 
 
+def linear(N, bits=None):
+    h, update = (mx.random.normal((1, 2048)).astype(DTYPE) for _ in range(2))
+    weight, options = mx.random.normal((N, 2048)).astype(DTYPE), {"eps": 1e-6, "backend": "metal"}
+    if bits is not None:
+        weight = mx.quantize(weight, group_size=64, bits=bits)
+        options |= {"group_size": 64, "bits": bits}
+    return lambda: normed_linear(h, update, mx.ones(2048, DTYPE), weight, **options)
+
+
 CASES = {
     "gated_delta, T=2048, 16 heads": (2048, lambda: delta(2048, 16)),
     "Apple's gated_delta_fused_chunk, the same": (2048, lambda: apple_delta(2048, 16)),
@@ -83,6 +93,8 @@ CASES = {
     "the same, 8-bit keys and values": (1, lambda: attention(1, 16384, 8)),
     "the same, 4-bit keys and values": (1, lambda: attention(1, 16384, 4)),
     "fuse_heads, T=256, 16 heads": (256, lambda: fusion(256)),
+    "normed_linear, 2,048 to 7,968": (1, lambda: linear(7968)),
+    "the same, 4-bit weights": (1, lambda: linear(7968, 4)),
 }
 
 

@@ -93,15 +93,22 @@ _OTHERS = (0,) * 4
 def constant(values: tuple, dtype: mx.Dtype) -> mx.array:
     """A kernel's few numbers, in one array for all layers and steps.
 
-    A new one would have to be brought over by page faults on CUDA, for every call.
+    A new one would have to be brought over by page faults on CUDA, for every call. It waits for
+    what the GPU is at: not for numbers that change from step to step.
     """
     array = (mx.array((*values, *_OTHERS), dtype) + 0)[: len(values)]
     mx.eval(array)
     return array
 
 
+@functools.lru_cache(maxsize=4)
+def positions(offset: int, count: int) -> mx.array:
+    """The same position for ``count`` sequences, and maybe more; int32."""
+    return mx.array((offset,) * max(count, len(_OTHERS)), mx.int32)
+
+
 def near(number: int) -> mx.array:
-    """A number as int32 ``[1]``, which changes from step to step, for many kernels to read."""
+    """A number as int32 ``[1]`` for many kernels to read, and for functions that are compiled."""
     array = mx.array([number], mx.int32)
     return (array + constant(_OTHERS, mx.int32))[:1] if gpu_backend() == "cuda" else array
 

@@ -383,6 +383,25 @@ def test_layers_may_be_changed(compiled, change, tolerance, monkeypatch):
     assert tiny.distance(found, expected) < tolerance * max(1, mx.abs(expected).max().item())
 
 
+class Wrapped(nn.Module):
+    """A layer within another module, as those who watch activations put it."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __call__(self, *arguments):
+        return self.layer(*arguments)
+
+
+def test_layers_may_be_wrapped(compiled):
+    model, tokens = tiny.model(**SIZES, full_attention_heads=[[0], [], [1, 2]]), tiny.tokens(4)
+    expected = read(model, tokens, begun(model), one_by_one=False)
+    model.model.layers[1] = Wrapped(model.layers[1])
+    assert tiny.distance(read(model, tokens, begun(model)), expected) < 1e-4
+    assert compiled
+
+
 class Scaled(nn.Module):
     def __init__(self, size):
         super().__init__()

@@ -197,9 +197,9 @@ def in_parts(full, splits, seed=0):
     """Parts that come together to these outputs, with scores of any size."""
     rng = np.random.default_rng(seed)
     shape = (*full.shape[:3], splits)
-    largest = rng.choice([-90.0, -3.5, 0.0, 2.25, 80.0], shape)
     # Parts with no keys, as the last ones may be.
     weights = rng.uniform(0.5, 3, shape) * (np.arange(splits) < max(1, splits - 2))
+    largest = np.where(weights > 0, rng.choice([-90.0, -3.5, 0.0, 2.25, 80.0], shape), -1e29)
     shares = weights * np.exp2(largest - largest.max(-1, keepdims=True))
     noise = rng.standard_normal((*shape, full.shape[-1])) * (weights > 0)[..., None]
     shares = shares[..., None] / shares.sum(-1)[..., None, None]
@@ -238,14 +238,18 @@ def test_a_head_that_sees_nothing_gives_nothing(kernel_backend):
     assert not plain(out)[..., : 2 * case["D"]].any()
 
 
-@pytest.mark.parametrize("D", [64, 128, 256])
-def test_threadgroups_of_the_other_backends_size(D, kernel_backend, monkeypatch):
+@pytest.mark.parametrize("splits", [None, 40])
+@pytest.mark.parametrize("D", [32, 64, 128, 256])
+def test_threadgroups_of_the_other_backends_size(D, splits, kernel_backend, monkeypatch):
     other = {"metal": "cuda", "cuda": "metal"}[kernel_backend]
     monkeypatch.setitem(module.MOST_THREADS, kernel_backend, module.MOST_THREADS[other])
-    case = BASE | {"T": 2, "D": D}
+    case = BASE | {"T": 2 if splits is None else 8, "D": D}
     arguments = inputs(case)
+    expected = reference(case, arguments)
+    if splits is not None:
+        arguments["full"] = in_parts(plain(arguments["full"]), splits)
     found = gated_delta_step(**arguments, backend=kernel_backend)
-    check(case, arguments, found, reference(case, arguments))
+    check(case, arguments, found, expected)
 
 
 def test_steps_of_any_size_hand_state_and_past_on(kernel_backend):

@@ -316,6 +316,10 @@ def test_few_numbers_are_what_they_were(backend, monkeypatch):
     double = mx.compile(lambda x: x * kernels.constant((2.0,), mx.float32))
     assert double(mx.ones(3)).tolist() == [2, 2, 2]
     assert kernels.constant((2.0,), mx.float32).tolist() == [2]
+    for count in (1, 7):
+        found = kernels.positions(131072, count)
+        assert found.dtype == mx.int32 and found.size >= count
+        assert set(found.tolist()) == {131072}
     for number in (0, 131072, -5):
         found = kernels.near(number)
         assert (found.dtype, found.shape, found.item()) == (mx.int32, (1,), number)

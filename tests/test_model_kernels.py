@@ -201,7 +201,7 @@ def test_so_it_does_with_weights_of_any_kind(kind, sums, kernel_backend):
         assert tiny.distance(x[1], y[1]) < 1e-4
 
 
-@pytest.mark.parametrize("change", ["rows", "norm", "lora", "bias", "types", "layer"])
+@pytest.mark.parametrize("change", ["rows", "norm", "float norm", "lora", "bias", "types", "layer"])
 def test_what_takes_no_sums_runs_part_by_part(change, sums, kernel_backend):
     class Louder(hydrahead.TransformerBlock):
         def __call__(self, *arguments, **options):
@@ -218,6 +218,11 @@ def test_what_takes_no_sums_runs_part_by_part(change, sums, kernel_backend):
     elif change == "norm":
         for layer in model.layers:
             layer.input_layernorm.__class__ = layer.post_attention_layernorm.__class__ = Norm
+    elif change == "float norm":
+        # After which all is float32.
+        cast(model, mx.bfloat16)
+        layer = model.layers[2]
+        layer.post_attention_layernorm.set_dtype(mx.float32)
     elif change == "lora":
         keys = ["self_attn.linear.q_proj", "mlp.up_proj"]
         linear_to_lora_layers(model, 3, {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": keys})
@@ -228,11 +233,25 @@ def test_what_takes_no_sums_runs_part_by_part(change, sums, kernel_backend):
     else:
         layer.__class__ = Louder
     (found, left), (expected, kept) = next_step(model, batch)
-    missing = {"rows": 5, "norm": 5, "lora": 5, "bias": 1, "types": 1, "layer": 2}[change]
+    missing = {"rows": 5, "norm": 5, "lora": 5, "layer": 2}.get(change, 1)
     assert len(sums) == 5 - missing
-    assert tiny.distance(found, expected) < (0.05 if change == "types" else 1e-4)
+    assert found.dtype == expected.dtype
+    rounded = change in ("types", "float norm")
+    assert tiny.distance(found, expected) < (0.05 if rounded else 1e-4)
     for x, y in zip(tree_flatten(left), tree_flatten(kept)):
-        assert tiny.distance(x[1], y[1]) < (0.05 if change == "types" else 1e-4)
+        assert x[1].dtype == y[1].dtype
+        assert tiny.distance(x[1], y[1]) < (0.05 if rounded else 1e-4)
+
+
+def test_no_token_waits_for_numbers(kernel_backend):
+    model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(9)
+    cache = model.make_cache()
+    rounds(model, tokens, cache, (5, 1))
+    # Made once, while the GPU is waited for.
+    made = kernels.constant.cache_info().misses
+    for at in (6, 7, 8):
+        mx.eval(model(tokens[:, at : at + 1], cache=cache))
+    assert kernels.constant.cache_info().misses == made
 
 
 def test_a_prompt_of_a_few_tokens_starts_from_nothing(steps, kernel_backend, monkeypatch):

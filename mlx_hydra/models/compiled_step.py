@@ -137,16 +137,16 @@ class CompiledStep:
         # What dropout draws would be drawn once.
         if h.shape[1] != 1 or layers[0].training or not runs_on_gpu():
             return []
-        attentions = [layer.self_attn for layer in layers]
-        heads = next((a["linear"] for a in attentions if "linear" in a), None)
+        linears = (layer.self_attn.linear for layer in layers if "linear" in layer.self_attn)
+        heads = next(linears, None)
         by_kernels = kernels_run()
         if heads is None or (by_kernels and not takes_arrays(h.dtype, heads.head_dim)):
             return []
         parts = [(full_part(c), linear_part(c)) for c in cache]
         places = set()
-        for attention, (full, linear) in zip(attentions, parts):
+        for layer, (full, linear) in zip(layers, parts):
             if full is not None:
-                if not attention["full"].takes_arrays or type(full) is not KVCache:
+                if not layer.self_attn.full.takes_arrays or type(full) is not KVCache:
                     return []
                 if full.keys is None or full.keys.dtype != h.dtype:
                     return []

@@ -111,7 +111,7 @@ class SideBySide:
         Args:
             together: give SwiGLU of two layers' outputs, with their biases, instead.
         """
-        if (found := _operands(self._groups(layers), norm, together)) is not None:
+        if (found := _operands(self._groups(layers), norm, together, h.dtype)) is not None:
             arguments = (h, update, norm.weight, found.pop("weight"))
             if (backend := linear_backend(*arguments, **found)) != "ops":
                 return normed_linear(
@@ -174,10 +174,13 @@ class SideBySide:
         return groups
 
 
-def _operands(groups, norm, together):
+def _operands(groups, norm, together, dtype):
     """What :func:`normed_linear` multiplies with, by its names; None where it would be wrong."""
     first, *others = groups
     if type(norm) is not nn.RMSNorm or any(group.weights is None for group in groups):
+        return None
+    if dtype not in (mx.float32, norm.weight.dtype):
+        # The norm's output is of another type, and so is all behind it.
         return None
     if together and (others or any(b is not None for b in first.biases) or first.is_padded):
         return None

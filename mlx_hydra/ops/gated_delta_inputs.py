@@ -202,7 +202,7 @@ def _by_kernel(backend, projections, weights, past, offset, mask, lengths, rotat
     taps = 0 if weights.convolution is None else weights.convolution[0].shape[1]
     fresh = past is None
     if isinstance(offset, int):
-        offset = kernels.constant((offset,), mx.int32)
+        offset = kernels.positions(offset, B)
     # A kernel has all its inputs always; others stand for those that it does not read.
     convolution = map(mx.contiguous, weights.convolution) if taps else (q,) * 3
     past = q if fresh else mx.contiguous(past)

@@ -143,7 +143,7 @@ def gated_delta_step(
     if taps and past is None:
         past = mx.zeros((B, taps - 1, 3 * H * D), projected.dtype)
     if isinstance(offset, int):
-        offset = kernels.constant((offset,), mx.int32)
+        offset = kernels.positions(offset, B)
 
     # A kernel has all its inputs always; others stand for those that it does not read.
     convolution = weights.convolution or (projected,) * 3

@@ -368,7 +368,7 @@ def _attend(q, k, v, call, backend, splits, apart=False):
     n, heads, _ = _heads_by_group(call.index)
     plan, offset = _plan(q, call, backend), call.offset
     if isinstance(offset, int):
-        offset = kernels.constant((offset,), mx.int32)
+        offset = kernels.positions(offset, B)
     if splits is None:
         total = call.offset + T if isinstance(call.offset, int) and call.mask is None else S
         keys = -(-total // plan.splits(B * n, total))

@@ -184,7 +184,7 @@ def _by_kernel(backend, q, k, v, q_norm, k_norm, eps, offset, log_scale_base, ro
     B, T, (D,) = len(q), _tokens(q), q_norm.shape
     Hf, Hk = heads or (q.shape[-1] // D, k.shape[-1] // D)
     if isinstance(offset, int):
-        offset = kernels.constant((offset,), mx.int32)
+        offset = kernels.positions(offset, B)
     # A kernel has all its inputs always; others stand for those that it does not read.
     frequencies, scale = (q_norm, 1.0) if rotation is None else rotation
     base = math.e if log_scale_base is None else log_scale_base
