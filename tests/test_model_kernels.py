@@ -181,7 +181,7 @@ def test_what_is_compiled_of_a_step_runs_on_the_kernels(batch, rope, steps, sums
 
 WEIGHTS = {
     "4 bits": (4, 32, {}),
-    "8 bits": (8, 64, {"hidden_size": 128}),
+    "8 bits": (8, 32, {}),
     "an odd MLP": (None, None, {"intermediate_size": 50}),
     "3 bits": (3, 32, {}),
 }
@@ -246,7 +246,8 @@ def test_what_takes_no_sums_runs_part_by_part(change, sums, kernel_backend):
 def test_no_token_waits_for_numbers(kernel_backend):
     model, tokens = tiny.model(**SIZES).eval(), tiny.tokens(9)
     cache = model.make_cache()
-    rounds(model, tokens, cache, (5, 1))
+    # An ordinary token, and on a GPU a compiled one.
+    rounds(model, tokens, cache, (4, 1, 1))
     # Made once, while the GPU is waited for.
     made = kernels.constant.cache_info().misses
     for at in (6, 7, 8):
