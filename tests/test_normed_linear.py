@@ -40,6 +40,7 @@ CASES = [
     {"K": 640, "bits": 8, "group_size": 64, "dtype": "bfloat16", "N": 36, "tail": 4},
     {"K": 256, "bits": 4, "group_size": 128, "dtype": "float16", "N": 10, "swiglu": True},
     {"K": 96, "bits": 8, "N": 6, "swiglu": True, "rows": 4, "dtype": "bfloat16"},
+    {"K": 128, "bits": 8, "group_size": 64, "rows": 2, "N": 20, "tail": 8},
     # Packed, and more columns than are at hand at a time.
     {"rows": 4, "K": 1056, "bits": 4, "N": 17, "tail": 5, "dtype": "bfloat16"},
     # Of which eps takes a part.
