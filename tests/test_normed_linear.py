@@ -251,6 +251,7 @@ def test_ops_have_gradients():
         ({"tail": (2, 63)}, r"tail has shape \(2, 63\), expected \[N, 64\]"),
         ({"tail": (2, 64), "swiglu": True}, "not 12 outputs and a tail"),
         ({"weight": (13, 64), "swiglu": True}, "two halves, not 13 outputs"),
+        ({"bits": 4}, "bits=4 and group_size=None, expected both or neither"),
     ],
     ids=str,
 )

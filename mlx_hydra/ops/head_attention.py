@@ -223,9 +223,9 @@ def head_attention_parts(
     scale: float,
     offset: mx.array,
 ) -> Parts:
-    """Attend as :func:`head_attention` does for few queries, and leave the last step to others.
+    """Attend as :func:`head_attention`'s kernels do, and leave the last step to others.
 
-    Where :func:`takes_arrays` says so, for up to 8 queries a KV head. It has no gradient.
+    Where :func:`takes_arrays` says so. It has no gradient.
 
     Args:
         q, k, v, kv_index, scale: as :func:`head_attention` takes them; plain keys of q's dtype.

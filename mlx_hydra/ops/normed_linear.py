@@ -152,6 +152,10 @@ def _check_shapes(h, update, norm, weight, tail, swiglu, group_size, bits):
         fail("update", update, tuple(h.shape))
     if norm.shape != (K,):
         fail("norm", norm, (K,))
+    if (bits is None) != (group_size is None):
+        raise ValueError(
+            f"normed_linear: bits={bits} and group_size={group_size}, expected both or neither."
+        )
     if bits is None:
         parts = [("weight", weight, K)]
     else:
